@@ -1,0 +1,21 @@
+# All from Debian 12's packages (see `make deps`); nothing is vendored or downloaded.
+# SYSTEM, so that -Werror judges our code only.
+set(CMAKE_FIND_PACKAGE_PREFER_CONFIG ON)
+set(Python3_FIND_STRATEGY LOCATION)
+set(ATP_PYTHON /usr/bin/python3 CACHE FILEPATH "Interpreter that has Debian's python3-grpcio and python3-numpy")
+
+find_package(absl REQUIRED)
+find_package(Threads REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(yaml-cpp REQUIRED)
+find_package(CLI11 REQUIRED)
+find_package(hwy REQUIRED)
+find_package(Boost 1.74 REQUIRED)
+find_package(prometheus-cpp REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(OpenSSL REQUIRED)
+find_package(Protobuf MODULE REQUIRED)
+find_package(gRPC REQUIRED)
+pkg_check_modules(SENTENCEPIECE REQUIRED IMPORTED_TARGET sentencepiece)
+pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)

@@ -1,0 +1,80 @@
+// The engine as front ends see it: submit, cancel, drain, look. BatchingEngine runs a model; EchoEngine answers without
+// one, so that front ends can be tested alone.
+#ifndef ATP_ENGINE_ENGINE_H_
+#define ATP_ENGINE_ENGINE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "engine/request.h"
+
+namespace atp {
+
+// A snapshot, taken without stopping the engine.
+struct EngineStats {
+  int requests_running = 0;
+  int requests_waiting = 0;
+  int64_t kv_blocks_total = 0;
+  int64_t kv_blocks_used = 0;    // held by live sequences
+  int64_t kv_blocks_cached = 0;  // held by the prefix cache alone, free on demand
+  size_t kv_block_bytes = 0;
+  int64_t kv_tokens_capacity = 0;
+  uint64_t preemptions_total = 0;
+  uint64_t prefix_cache_queries_tokens_total = 0;
+  uint64_t prefix_cache_hits_tokens_total = 0;
+};
+
+struct StepReport {
+  int prefill_tokens = 0;
+  int decode_tokens = 0;
+  int sequences = 0;
+  absl::Duration duration;
+};
+
+struct RequestReport {
+  FinishReason reason = FinishReason::kStop;
+  Usage usage;
+  absl::Duration queue_time;            // submit to first scheduled
+  absl::Duration time_to_first_token;   // zero when there was none
+  absl::Duration request_time;          // submit to finish
+};
+
+// Told what happens, on the engine thread; must not block. server/metrics implements it.
+class EngineObserver {
+ public:
+  virtual ~EngineObserver() = default;
+  virtual void OnStep(const StepReport& report) = 0;
+  virtual void OnInterTokenLatency(absl::Duration latency) = 0;
+  virtual void OnRequestFinished(const RequestReport& report) = 0;
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Thread-safe; never blocks on the model. On success the sink receives everything; on failure, nothing.
+  //   InvalidArgument    could never fit (the message has the numbers)
+  //   ResourceExhausted  the waiting queue is full; try again later (RetryAfter)
+  //   Unavailable        draining or stopped
+  virtual absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) = 0;
+
+  // Thread-safe, any state, unknown ids are fine. The request ends with kCancelled and its blocks are free within a step.
+  virtual void Cancel(RequestId id) = 0;
+
+  // Refuses new work at once and waits until the running requests are done; after `timeout` the rest end with kShutdown.
+  // DeadlineExceeded (with their number) if some had to be ended so.
+  virtual absl::Status Drain(absl::Duration timeout) = 0;
+
+  virtual EngineStats Stats() const = 0;
+
+  // How long a refused client had better wait: from the queue's length and the recent pace, at least a second.
+  virtual absl::Duration RetryAfter() const = 0;
+};
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_ENGINE_H_

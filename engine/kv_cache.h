@@ -1,0 +1,52 @@
+// The bytes of the KV cache: one pool of equal blocks on the device. Knows no sequence and no token.
+#ifndef ATP_ENGINE_KV_CACHE_H_
+#define ATP_ENGINE_KV_CACHE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/llama_config.h"
+#include "kernels/backend.h"
+
+namespace atp {
+
+class KvCache {
+ public:
+  struct Shape {
+    int layers = 0;
+    int kv_heads = 0;
+    int head_dim = 0;
+    int block_tokens = 16;  // a multiple of 16
+    KvFormat format = KvFormat::kF32;
+
+    int heads_total() const { return layers * kv_heads; }  // blocks per block_tokens exact tokens
+  };
+
+  // Allocates as many blocks as fit into `memory_bytes`. InvalidArgument, with the numbers and the setting to change,
+  // when that is less than one block for every head.
+  static absl::StatusOr<KvCache> Create(Backend* backend, const Shape& shape, size_t memory_bytes);
+
+  const Shape& shape() const { return shape_; }
+  int64_t num_blocks() const { return num_blocks_; }
+  size_t block_bytes() const { return page_.bytes(); }
+  // Exact tokens that the whole pool holds.
+  int64_t token_capacity() const { return num_blocks_ / shape_.heads_total() * shape_.block_tokens; }
+  KvPool pool() const { return {memory_.data(), page_.bytes(), &page_, nullptr}; }
+
+ private:
+  KvCache(const Shape& shape, const KvPage& page, Buffer memory, int64_t num_blocks);
+
+  Shape shape_;
+  KvPage page_;
+  Buffer memory_;
+  int64_t num_blocks_;
+};
+
+// Bytes that this process may still take: the cgroup's limit less its use where there is one, else MemAvailable.
+size_t AvailableMemoryBytes();
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_KV_CACHE_H_

@@ -1,0 +1,44 @@
+// Shape of a Llama-family model, from a Hugging Face config.json.
+#ifndef ATP_ENGINE_LLAMA_CONFIG_H_
+#define ATP_ENGINE_LLAMA_CONFIG_H_
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace atp {
+
+struct LlamaConfig {
+  std::string architecture;  // "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
+  int64_t hidden_size = 0;
+  int64_t intermediate_size = 0;
+  int layers = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int64_t vocab_size = 0;
+  int64_t max_positions = 0;
+  int64_t sliding_window = 0;  // 0 = none. A model whose window is smaller than its positions is served up to its window
+  float rms_norm_eps = 1e-5f;
+  bool tied_embeddings = false;
+  bool qkv_bias = false;              // Qwen2, or attention_bias: q, k, v have a bias
+  bool output_bias = false;           // attention_bias of LlamaForCausalLM: o_proj has one, too
+  bool mlp_bias = false;
+  std::vector<float> inverse_frequency;  // [head_dim / 2], rope_scaling applied (llama3, linear)
+  std::vector<int32_t> eos_token_ids;
+  int32_t bos_token_id = -1;  // -1: none
+};
+
+// Architectures served, for the error of one that is not and for the documentation.
+std::vector<std::string_view> SupportedArchitectures();
+
+// `source` names the file in errors. Every size is checked against sane limits before anything is computed from it.
+absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::string& source);
+absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model_dir);
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_LLAMA_CONFIG_H_

@@ -1,0 +1,56 @@
+// The forward pass of Llama-family models over a paged KV cache: a list of ops, the same for every backend.
+#ifndef ATP_ENGINE_LLAMA_MODEL_H_
+#define ATP_ENGINE_LLAMA_MODEL_H_
+
+#include <memory>
+#include <span>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/batch.h"
+#include "engine/kv_cache.h"
+#include "engine/llama_config.h"
+#include "engine/llama_weights.h"
+#include "kernels/backend.h"
+
+namespace atp {
+
+struct ModelLimits {
+  int max_batch_rows = 512;     // tokens per step
+  int max_logit_rows = 64;      // rows of logits per step
+  int max_batch_entries = 256;  // sequences per step
+};
+
+class LlamaModel {
+ public:
+  // Loads config.json and the weights; `backend` outlives the model. Allocates all activations for `limits`.
+  static absl::StatusOr<std::unique_ptr<LlamaModel>> Load(const std::string& model_dir, Backend* backend,
+                                                          const ModelLimits& limits, const LoadProgress& progress);
+  ~LlamaModel();
+
+  const LlamaConfig& config() const { return config_; }
+  const ModelLimits& limits() const { return limits_; }
+  DType weight_dtype() const { return weights_.dtype; }
+  size_t weight_bytes() const { return weights_.bytes; }
+  size_t activation_bytes() const { return activation_bytes_; }
+
+  // Runs the batch, writing its keys and values to `kv_cache`. Returns host logits [batch.logit_rows.size(), vocab_size],
+  // valid until the next call. Fails only when the device does.
+  absl::StatusOr<std::span<const float>> Forward(const Batch& batch, const KvCache& kv_cache);
+
+ private:
+  struct Activations;
+  LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits);
+  absl::Status AllocateActivations();
+
+  LlamaConfig config_;
+  LlamaWeights weights_;
+  Backend* backend_;
+  ModelLimits limits_;
+  size_t activation_bytes_ = 0;
+  std::unique_ptr<Activations> activations_;
+};
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_LLAMA_MODEL_H_

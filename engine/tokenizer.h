@@ -1,0 +1,61 @@
+// Text to token ids and back. Two kinds: SentencePiece (tokenizer.model) and byte-level BPE (tokenizer.json).
+// Immutable after loading, so shared between threads without a lock.
+#ifndef ATP_ENGINE_TOKENIZER_H_
+#define ATP_ENGINE_TOKENIZER_H_
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/request.h"
+
+namespace atp {
+
+struct SpecialTokens {
+  std::optional<TokenId> bos;
+  std::vector<TokenId> eos;  // any of these ends a generation
+};
+
+class Tokenizer {
+ public:
+  virtual ~Tokenizer() = default;
+
+  virtual int vocab_size() const = 0;  // ids are [0, vocab_size)
+  virtual const SpecialTokens& special() const = 0;
+  // Whether a plain prompt begins with BOS (post-processing of tokenizer.json, add_bos_token of tokenizer_config.json).
+  virtual bool adds_bos() const = 0;
+
+  // Never fails: any byte sequence has ids. `add_special`: BOS/EOS post-processing. `parse_special`: added tokens such as
+  // <|eot_id|> in the text become their ids — off for text that comes from users.
+  virtual std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const = 0;
+
+  // The bytes of one token as they appear in the middle of a text (SentencePiece: "▁the" is " the"); may be part of a
+  // UTF-8 sequence. Control tokens (BOS, EOS, <|eot_id|>) are empty unless `keep_special`. Ids out of range are empty.
+  virtual std::string TokenBytes(TokenId id, bool keep_special) const = 0;
+
+  // Whether the text before the first token begins with a space that encoding put there, to be dropped (SentencePiece's
+  // dummy prefix).
+  virtual bool strips_leading_space() const = 0;
+
+  virtual std::optional<TokenId> IdOf(std::string_view token) const = 0;
+
+  // Whole text of a sequence of tokens, invalid UTF-8 replaced by U+FFFD.
+  std::string Decode(std::span<const TokenId> ids, bool keep_special = false) const;
+};
+
+// Looks for tokenizer.model, then tokenizer.json, in a model directory, and reads tokenizer_config.json,
+// generation_config.json and config.json for BOS/EOS where present. `embedding_rows` is the model's vocabulary:
+// a tokenizer with more ids than that is an error naming both numbers; 0 skips the check.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model_dir, int64_t embedding_rows);
+
+// The two kinds by themselves, from the path of the file.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::string& path);
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadBpeTokenizer(const std::string& path);
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_TOKENIZER_H_

@@ -1,0 +1,60 @@
+// A device and its ops: one virtual call per op. Three implementations: reference (naive fp32 oracle), cpu, cuda.
+//
+// Ops are issued in order from one thread and take no lock; on an asynchronous device an op's failure surfaces at the
+// next Synchronize(). Ops never fail for what a user can cause: sizes and formats are checked at load with Supports().
+#ifndef ATP_KERNELS_BACKEND_H_
+#define ATP_KERNELS_BACKEND_H_
+
+#include <cstddef>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/buffer.h"
+#include "kernels/op_args.h"
+
+namespace atp {
+
+// What a model needs of a backend, asked once at load.
+struct OpDesc {
+  DType weight_dtype = DType::kF32;
+  KvFormat kv_format = KvFormat::kF32;
+  int head_dim = 0;
+  int block_entries = 0;
+};
+
+// A weight matrix where the backend wants it: a view of the caller's memory where that can be used as it is (then
+// `memory` is empty and the caller's mapping must outlive it), or a copy or repacked form in `memory`.
+struct Weight {
+  TensorView view;
+  Buffer memory;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // "cpu: avx512, 2 threads" — for the start line and /version.
+  virtual std::string Description() const = 0;
+  virtual bool Supports(const OpDesc& desc) const = 0;
+
+  // Start-up only. ResourceExhausted names the bytes asked for. Memory is zeroed and 64-byte aligned.
+  virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
+  virtual absl::StatusOr<Weight> LoadWeight(const TensorView& host) = 0;
+  virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
+  virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
+
+  virtual void GatherRows(const GatherRowsArgs& args) = 0;
+  virtual void MatMul(const MatMulArgs& args) = 0;
+  virtual void RmsNorm(const RmsNormArgs& args) = 0;
+  virtual void Rope(const RopeArgs& args) = 0;
+  virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  virtual void StoreKv(const StoreKvArgs& args) = 0;
+  virtual void Attention(const AttentionArgs& args) = 0;
+
+  virtual absl::Status Synchronize() = 0;
+};
+
+}  // namespace atp
+
+#endif  // ATP_KERNELS_BACKEND_H_

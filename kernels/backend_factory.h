@@ -1,0 +1,31 @@
+// The only place that knows which backends were built.
+#ifndef ATP_KERNELS_BACKEND_FACTORY_H_
+#define ATP_KERNELS_BACKEND_FACTORY_H_
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+namespace atp {
+
+struct BackendOptions {
+  std::string device = "cpu";  // "cpu", "reference" or "cuda"
+  int threads = 0;             // 0: the physical cores that the container's cgroup grants
+  std::string cpu_isa = "auto";  // "auto", or one of CpuIsaNames()
+};
+
+// InvalidArgument for an unknown device or an ISA that this machine lacks (naming what it has); Unimplemented for a
+// device that this binary was built without.
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
+
+std::vector<std::string> BuiltDevices();
+// The ISAs this binary carries and this machine can run, best first ("avx512", "avx2", "sse4", …, "scalar").
+std::vector<std::string> CpuIsaNames();
+
+}  // namespace atp
+
+#endif  // ATP_KERNELS_BACKEND_FACTORY_H_

@@ -1,0 +1,58 @@
+// The byte layout of one KV block, for every KvFormat. Nobody else computes an offset inside a block.
+//
+// One block holds `entries` cache entries of ONE kv head of ONE layer. An entry is (key[d], value[d], log_mass):
+// a token's entry has log_mass 0, so exact blocks leave it out; principal blocks store it.
+//
+//   keys      [head_dim, entries]   dimension-major: the scores of all entries of a block are one vector per dimension
+//   values    [entries, head_dim]   entry-major: a weighted sum of values streams rows
+//   log_mass  float[entries]        principal blocks only; -inf pads an entry that is not there
+#ifndef ATP_KERNELS_KV_PAGE_H_
+#define ATP_KERNELS_KV_PAGE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+
+namespace atp {
+
+// Index of a block in the KV pool; its bytes start at pool + id * KvPage::bytes().
+using BlockId = int32_t;
+
+enum class KvFormat : uint8_t { kF32, kBF16 };
+
+std::string_view Name(KvFormat format);
+std::optional<KvFormat> KvFormatFromName(std::string_view name);
+
+class KvPage {
+ public:
+  // entries: a positive multiple of 16. head_dim: positive.
+  KvPage(KvFormat format, int entries, int head_dim, bool with_log_mass);
+
+  KvFormat format() const { return format_; }
+  int entries() const { return entries_; }
+  int head_dim() const { return head_dim_; }
+  bool with_log_mass() const { return with_log_mass_; }
+  size_t bytes() const { return bytes_; }  // a multiple of 64
+
+  size_t key_offset() const { return 0; }
+  size_t value_offset() const { return value_offset_; }
+  size_t log_mass_offset() const { return log_mass_offset_; }  // meaningless without log mass
+
+  // Host access to one entry of the block at `block` (reference backend, tests). key, value: [head_dim] fp32.
+  void Store(std::byte* block, int entry, const float* key, const float* value, float log_mass = 0.0f) const;
+  void Load(const std::byte* block, int entry, float* key, float* value, float* log_mass) const;
+
+ private:
+  KvFormat format_;
+  int entries_;
+  int head_dim_;
+  bool with_log_mass_;
+  size_t value_offset_;
+  size_t log_mass_offset_;
+  size_t bytes_;
+};
+
+}  // namespace atp
+
+#endif  // ATP_KERNELS_KV_PAGE_H_

@@ -1,0 +1,110 @@
+// One plain struct per op. Pointers are device memory of the backend unless a comment says host; activations are fp32,
+// row-major. A "row" is one token of the step's batch; rows of different sequences lie side by side.
+#ifndef ATP_KERNELS_OP_ARGS_H_
+#define ATP_KERNELS_OP_ARGS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "kernels/kv_page.h"
+#include "kernels/tensor_view.h"
+
+namespace atp {
+
+// out[i] = table[indices[i]], converted to fp32: token embedding, and picking the rows whose logits are wanted.
+struct GatherRowsArgs {
+  TensorView table;                   // [n, dim], any DType
+  std::span<const int32_t> indices;   // host, [rows], each in [0, n)
+  float* out = nullptr;               // [rows, dim]
+};
+
+// y = x·Wᵀ + bias, or y += x·Wᵀ + bias (residual connection). Each output element is accumulated in an order that does
+// not depend on `rows`: that is what makes results independent of the batch.
+struct MatMulArgs {
+  const float* x = nullptr;     // [rows, in]
+  TensorView weight;            // [out, in], any DType
+  const float* bias = nullptr;  // [out] or null
+  float* y = nullptr;           // [rows, out]; must not alias x
+  int64_t rows = 0;
+  bool accumulate = false;
+};
+
+// y = x / sqrt(mean(x²) + eps) · weight
+struct RmsNormArgs {
+  const float* x = nullptr;       // [rows, dim]
+  const float* weight = nullptr;  // [dim]
+  float* y = nullptr;             // [rows, dim]; may alias x
+  int64_t rows = 0;
+  int64_t dim = 0;
+  float epsilon = 0;
+};
+
+// Rotates pairs (i, i + head_dim/2) of every head in place by angle positions[row] · inverse_frequency[i]
+// (half-split pairs, as in Hugging Face checkpoints). The angle is computed in double, so far positions stay exact.
+struct RopeArgs {
+  float* x = nullptr;                       // [rows, heads, head_dim], in place
+  std::span<const int32_t> positions;       // host, [rows]
+  const float* inverse_frequency = nullptr; // [head_dim / 2]
+  int heads = 0;
+  int head_dim = 0;
+};
+
+// out = silu(gate) · up
+struct SwiGluArgs {
+  const float* gate = nullptr;  // [rows, dim]
+  const float* up = nullptr;    // [rows, dim]
+  float* out = nullptr;         // [rows, dim]; may alias gate or up
+  int64_t rows = 0;
+  int64_t dim = 0;
+};
+
+// What one sequence holds in one kv head of one layer. Block ids live on the host.
+struct KvHeadBlocks {
+  const BlockId* exact = nullptr;      // [ceil(exact_entries / exact page entries)] blocks of exact tokens, in order
+  const BlockId* principal = nullptr;  // [ceil(principal_entries / principal page entries)], all visible to every row
+  int32_t principal_entries = 0;       // differs from head to head
+};
+
+// One sequence's part of the step's batch, in one layer. `exact_entries` counts this step's tokens too, whose keys and
+// values StoreKv writes into the last `rows` entries; row i of the sequence sees exact entries [0, exact_entries - rows + i].
+// Entry counts and positions are different things: compressed history shortens the one, never the other.
+struct KvSequence {
+  int32_t first_row = 0;
+  int32_t rows = 0;
+  int32_t exact_entries = 0;
+  const KvHeadBlocks* heads = nullptr;  // host, [kv_heads] of this layer
+};
+
+// The pool and how its blocks are laid out.
+struct KvPool {
+  std::byte* data = nullptr;   // pool; block b starts at data + b * block_bytes
+  size_t block_bytes = 0;
+  const KvPage* exact = nullptr;
+  const KvPage* principal = nullptr;  // null while nothing is compressed
+};
+
+// Writes keys and values of the step's tokens into the exact blocks of their sequences.
+struct StoreKvArgs {
+  const float* key = nullptr;    // [rows, kv_heads, head_dim], rotated
+  const float* value = nullptr;  // [rows, kv_heads, head_dim]
+  std::span<const KvSequence> sequences;
+  KvPool pool;
+  int kv_heads = 0;
+};
+
+// out = softmax(scale · q·Kᵀ + log_mass) V over the principal entries and the causally visible exact entries of each
+// row's sequence. One kernel family for exact and compressed context. Query head h reads kv head h / (heads / kv_heads).
+struct AttentionArgs {
+  const float* query = nullptr;  // [rows, heads, head_dim], rotated
+  float* out = nullptr;          // [rows, heads, head_dim]
+  std::span<const KvSequence> sequences;
+  KvPool pool;
+  int heads = 0;
+  int kv_heads = 0;
+  float scale = 0;  // 1/sqrt(head_dim)
+};
+
+}  // namespace atp
+
+#endif  // ATP_KERNELS_OP_ARGS_H_
