@@ -1,5 +1,5 @@
-// Every setting of atp: plain structs with unit, default and meaning. Values are checked by Validate(); files and flags
-// are read by config_loader. A key is written section.name, as in --set scheduler.max_waiting_requests=256.
+// Every setting of atp: plain structs with unit, default and meaning. Values are checked by Validate(); files
+// and flags are read by config_loader. A key is written section.name, as in scheduler.max_waiting_requests.
 #ifndef ATP_CONFIG_CONFIG_H_
 #define ATP_CONFIG_CONFIG_H_
 
@@ -24,10 +24,10 @@ struct BackendConfig {
 };
 
 struct SchedulerConfig {
-  int max_batch_tokens = 512;       // tokens per step, prefill and decode together
-  int max_prefill_chunk_tokens = 256;  // of one sequence per step
-  int max_running_requests = 64;    // sequences in a step
-  int max_waiting_requests = 1024;  // beyond: 429 / RESOURCE_EXHAUSTED
+  int max_batch_tokens = 512;           // tokens per step, prefill and decode together
+  int max_prefill_chunk_tokens = 256;   // of one sequence per step
+  int max_running_requests = 64;        // sequences in a step
+  int max_waiting_requests = 1024;      // beyond: 429 / RESOURCE_EXHAUSTED
   int64_t default_timeout_ms = 600000;  // deadline of a request that brings none; 0: none
 };
 
@@ -44,24 +44,26 @@ struct ServerConfig {
   int http_port = 8000;            // 0: any free port, printed at start
   int grpc_port = 8001;
   int metrics_port = 8002;
-  int io_threads = 1;              // threads that serve HTTP sockets
+  int io_threads = 1;  // threads that serve HTTP sockets
   int64_t drain_timeout_ms = 30000;
-  int64_t max_body_bytes = 4 << 20;    // HTTP body and gRPC message
+  int64_t max_body_bytes = 4 << 20;  // HTTP body and gRPC message
   int64_t max_header_bytes = 16 << 10;
-  int max_connections = 1024;          // HTTP; beyond: 503 and close
-  int64_t idle_timeout_ms = 75000;     // keep-alive connection without a request
-  int64_t header_timeout_ms = 10000;   // from the first byte to the end of the request
-  int64_t write_timeout_ms = 30000;    // a client that does not read its stream is cut off
+  int max_connections = 1024;                     // HTTP; beyond: 503 and close
+  int64_t idle_timeout_ms = 75000;                // keep-alive connection without a request
+  int64_t header_timeout_ms = 10000;              // from the first byte to the end of the request
+  int64_t write_timeout_ms = 30000;               // a client that does not read its stream is cut off
   std::vector<std::string> cors_allowed_origins;  // empty: no CORS headers; "*": any
-  std::vector<std::string> api_keys;   // empty: open; else `Authorization: Bearer KEY` on /v1, /tokenize, /detokenize and gRPC
+  // Empty: open. Else `Authorization: Bearer KEY` on /v1, /tokenize, /detokenize and gRPC.
+  std::vector<std::string> api_keys;
 };
 
 struct LimitsConfig {
-  int max_n = 16;              // answers per prompt
-  int max_prompts = 64;        // prompts in one /v1/completions call
+  int max_n = 16;        // answers per prompt
+  int max_prompts = 64;  // prompts in one /v1/completions call
   int max_logprobs = 20;
   int max_stop_strings = 16;
-  int default_max_tokens = 16;  // /v1/completions without max_tokens, as OpenAI; chat and gRPC: as many as fit
+  int default_max_tokens =
+      16;  // /v1/completions without max_tokens, as OpenAI; chat and gRPC: as many as fit
 };
 
 struct LogConfig {

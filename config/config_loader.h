@@ -12,11 +12,13 @@
 
 namespace atp {
 
-// Starts from `config` and overwrites what the file has. Errors name file, line, key, value and what is allowed.
+// Starts from `config` and overwrites what the file has. Errors name file, line, key, value and what is
+// allowed.
 absl::Status LoadConfigFile(const std::string& path, Config* config);
 absl::Status LoadConfigYaml(std::string_view yaml, const std::string& source, Config* config);
 
-// "section.key=value", as given to --set; the value is YAML ("true", "[a, b]", 4GiB for *_bytes, 30s for *_ms).
+// "section.key=value", as given to --set; the value is YAML ("true", "[a, b]", 4GiB for *_bytes, 30s for
+// *_ms).
 absl::Status ApplySetting(std::string_view assignment, Config* config);
 
 struct SettingHelp {

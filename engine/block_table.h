@@ -1,5 +1,6 @@
-// Which blocks hold one sequence's entries: a list per (layer, kv head), because heads hold different numbers of entries
-// once history is compressed. Exact tokens fill all heads alike. Ids only; ownership is with BlockGroup.
+// Which blocks hold one sequence's entries: a list per (layer, kv head), because heads hold different numbers
+// of entries once history is compressed. Exact tokens fill all heads alike. Ids only; ownership is with
+// BlockGroup.
 #ifndef ATP_ENGINE_BLOCK_TABLE_H_
 #define ATP_ENGINE_BLOCK_TABLE_H_
 
@@ -14,6 +15,10 @@ namespace atp {
 class BlockTable {
  public:
   BlockTable(int layers, int kv_heads);
+  BlockTable(const BlockTable&) = delete;  // heads_ points into exact_
+  BlockTable& operator=(const BlockTable&) = delete;
+  BlockTable(BlockTable&&) = default;
+  BlockTable& operator=(BlockTable&&) = default;
 
   // Appends one block of exact tokens to every (layer, kv head). ids: [layers * kv_heads], layer-major.
   void AppendExact(std::span<const BlockId> ids);

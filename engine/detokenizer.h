@@ -1,5 +1,6 @@
-// Streaming detokenization of one sequence: bytes of tokens become text that never ends inside a UTF-8 sequence and
-// never loses a space. Invalid bytes become U+FFFD, as in Tokenizer::Decode, whatever the split into tokens.
+// Streaming detokenization of one sequence: bytes of tokens become text that never ends inside a UTF-8
+// sequence and never loses a space. Invalid bytes become U+FFFD, as in Tokenizer::Decode, whatever the split
+// into tokens.
 #ifndef ATP_ENGINE_DETOKENIZER_H_
 #define ATP_ENGINE_DETOKENIZER_H_
 
@@ -20,7 +21,7 @@ class Detokenizer {
  private:
   const Tokenizer* tokenizer_;
   bool keep_special_;
-  bool at_start_;
+  bool at_start_;        // a space that encoding put there may come next
   std::string pending_;  // bytes of an unfinished UTF-8 sequence
 };
 

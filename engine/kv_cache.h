@@ -24,8 +24,8 @@ class KvCache {
     int heads_total() const { return layers * kv_heads; }  // blocks per block_tokens exact tokens
   };
 
-  // Allocates as many blocks as fit into `memory_bytes`. InvalidArgument, with the numbers and the setting to change,
-  // when that is less than one block for every head.
+  // Allocates as many blocks as fit into `memory_bytes`. InvalidArgument, with the numbers and the setting to
+  // change, when that is less than one block for every head.
   static absl::StatusOr<KvCache> Create(Backend* backend, const Shape& shape, size_t memory_bytes);
 
   const Shape& shape() const { return shape_; }
@@ -44,8 +44,9 @@ class KvCache {
   int64_t num_blocks_;
 };
 
-// Bytes that this process may still take: the cgroup's limit less its use where there is one, else MemAvailable.
-size_t AvailableMemoryBytes();
+// Bytes that this process may still take: the least of MemAvailable and, for its cgroup (v2 or v1) and each
+// parent that has a limit, that limit less its use. `root` is where /proc and /sys are, for tests.
+size_t AvailableMemoryBytes(const std::string& root = "");
 
 }  // namespace atp
 

@@ -21,11 +21,12 @@ struct LlamaConfig {
   int head_dim = 0;
   int64_t vocab_size = 0;
   int64_t max_positions = 0;
-  int64_t sliding_window = 0;  // 0 = none. A model whose window is smaller than its positions is served up to its window
+  int64_t sliding_window =
+      0;  // 0 = none. A model whose window is smaller than its positions is served up to its window
   float rms_norm_eps = 1e-5f;
   bool tied_embeddings = false;
-  bool qkv_bias = false;              // Qwen2, or attention_bias: q, k, v have a bias
-  bool output_bias = false;           // attention_bias of LlamaForCausalLM: o_proj has one, too
+  bool qkv_bias = false;     // Qwen2, or attention_bias: q, k, v have a bias
+  bool output_bias = false;  // attention_bias of LlamaForCausalLM: o_proj has one, too
   bool mlp_bias = false;
   std::vector<float> inverse_frequency;  // [head_dim / 2], rope_scaling applied (llama3, linear)
   std::vector<int32_t> eos_token_ids;
@@ -35,7 +36,8 @@ struct LlamaConfig {
 // Architectures served, for the error of one that is not and for the documentation.
 std::vector<std::string_view> SupportedArchitectures();
 
-// `source` names the file in errors. Every size is checked against sane limits before anything is computed from it.
+// `source` names the file in errors. Every size is checked against sane limits before anything is computed
+// from it.
 absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::string& source);
 absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model_dir);
 

@@ -25,7 +25,8 @@ class LlamaModel {
  public:
   // Loads config.json and the weights; `backend` outlives the model. Allocates all activations for `limits`.
   static absl::StatusOr<std::unique_ptr<LlamaModel>> Load(const std::string& model_dir, Backend* backend,
-                                                          const ModelLimits& limits, const LoadProgress& progress);
+                                                          const ModelLimits& limits,
+                                                          const LoadProgress& progress);
   ~LlamaModel();
 
   const LlamaConfig& config() const { return config_; }
@@ -34,8 +35,8 @@ class LlamaModel {
   size_t weight_bytes() const { return weights_.bytes; }
   size_t activation_bytes() const { return activation_bytes_; }
 
-  // Runs the batch, writing its keys and values to `kv_cache`. Returns host logits [batch.logit_rows.size(), vocab_size],
-  // valid until the next call. Fails only when the device does.
+  // Runs the batch, writing its keys and values to `kv_cache`. Returns host logits [batch.logit_rows.size(),
+  // vocab_size], valid until the next call. Fails only when the device does.
   absl::StatusOr<std::span<const float>> Forward(const Batch& batch, const KvCache& kv_cache);
 
  private:

@@ -13,7 +13,7 @@ class StopChecker {
   StopChecker(std::vector<std::string> stops, bool include_stop_in_output);
 
   struct Result {
-    std::string text;     // safe to send now
+    std::string text;  // safe to send now
     bool stopped = false;
     std::string matched;  // the stop string, when stopped
   };

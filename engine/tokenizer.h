@@ -26,20 +26,28 @@ class Tokenizer {
 
   virtual int vocab_size() const = 0;  // ids are [0, vocab_size)
   virtual const SpecialTokens& special() const = 0;
-  // Whether a plain prompt begins with BOS (post-processing of tokenizer.json, add_bos_token of tokenizer_config.json).
+  // Whether a plain prompt begins with BOS (post-processing of tokenizer.json, add_bos_token of
+  // tokenizer_config.json).
   virtual bool adds_bos() const = 0;
 
-  // Never fails: any byte sequence has ids. `add_special`: BOS/EOS post-processing. `parse_special`: added tokens such as
+  // Never fails: any byte sequence has ids. `add_special`: BOS/EOS post-processing. `parse_special`: added
+  // tokens such as
   // <|eot_id|> in the text become their ids — off for text that comes from users.
   virtual std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const = 0;
 
-  // The bytes of one token as they appear in the middle of a text (SentencePiece: "▁the" is " the"); may be part of a
-  // UTF-8 sequence. Control tokens (BOS, EOS, <|eot_id|>) are empty unless `keep_special`. Ids out of range are empty.
+  // The bytes of one token as they appear in the middle of a text (SentencePiece: "▁the" is " the"); may be
+  // part of a UTF-8 sequence. Control tokens (BOS, EOS, <|eot_id|>) are empty unless `keep_special`. Ids out
+  // of range are empty.
   virtual std::string TokenBytes(TokenId id, bool keep_special) const = 0;
 
-  // Whether the text before the first token begins with a space that encoding put there, to be dropped (SentencePiece's
-  // dummy prefix).
+  // Whether the text before the first token begins with a space that encoding put there, to be dropped
+  // (SentencePiece's dummy prefix).
   virtual bool strips_leading_space() const = 0;
+
+  // Whether each line of a text is encoded as a text of its own, dummy prefix included, with newline tokens
+  // between: SentencePiece models whose normalizer would fold newlines into spaces, although they have a
+  // token for them.
+  virtual bool lines_are_separate() const { return false; }
 
   virtual std::optional<TokenId> IdOf(std::string_view token) const = 0;
 
@@ -48,9 +56,10 @@ class Tokenizer {
 };
 
 // Looks for tokenizer.model, then tokenizer.json, in a model directory, and reads tokenizer_config.json,
-// generation_config.json and config.json for BOS/EOS where present. `embedding_rows` is the model's vocabulary:
-// a tokenizer with more ids than that is an error naming both numbers; 0 skips the check.
-absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model_dir, int64_t embedding_rows);
+// generation_config.json and config.json for BOS/EOS where present. `embedding_rows` is the model's
+// vocabulary: a tokenizer with more ids than that is an error naming both numbers; 0 skips the check.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model_dir,
+                                                         int64_t embedding_rows);
 
 // The two kinds by themselves, from the path of the file.
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::string& path);

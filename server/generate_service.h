@@ -1,5 +1,5 @@
-// What every front end does with a request, whatever the transport: validate, template, tokenize, submit, cancel.
-// Thread-safe. Knows no socket, no JSON and no protobuf.
+// What every front end does with a request, whatever the transport: validate, template, tokenize, submit,
+// cancel. Thread-safe. Knows no socket, no JSON and no protobuf.
 #ifndef ATP_SERVER_GENERATE_SERVICE_H_
 #define ATP_SERVER_GENERATE_SERVICE_H_
 
@@ -31,11 +31,15 @@ struct ServedModel {
   std::string device;  // Backend::Description()
 };
 
+// Text, token ids, or a conversation that the model's chat template turns into a prompt.
+using PromptInput = std::variant<std::string, std::vector<TokenId>, std::vector<ChatMessage>>;
+
 struct GenerateInput {
   std::string model;  // empty, or ServedModel::id: else NotFound
-  std::variant<std::string, std::vector<TokenId>, std::vector<ChatMessage>> prompt;
+  PromptInput prompt;
   SamplingParams sampling;
-  bool max_tokens_given = false;  // else sampling.max_tokens becomes what fits (chat, gRPC) — set by the service
+  bool max_tokens_given =
+      false;  // else sampling.max_tokens becomes what fits (chat, gRPC) — set by the service
   bool echo = false;
   int priority = 0;
   absl::Time deadline = absl::InfiniteFuture();  // infinite: scheduler.default_timeout_ms from now
@@ -50,16 +54,19 @@ struct Submitted {
 class GenerateService {
  public:
   // All pointers outlive the service.
-  GenerateService(Engine* engine, const Tokenizer* tokenizer, ChatTemplate chat_template, ServedModel model, const Config& config);
+  GenerateService(Engine* engine, const Tokenizer* tokenizer, ChatTemplate chat_template, ServedModel model,
+                  const Config& config);
 
-  // Statuses as Engine::Submit, and NotFound for another model. InvalidArgument messages begin with the field's OpenAI
-  // name and a colon ("temperature: must be in [0, 100], got -1"), so that front ends can fill in `param`.
+  // Statuses as Engine::Submit, and NotFound for another model. InvalidArgument messages begin with the
+  // field's OpenAI name and a colon ("temperature: must be in [0, 100], got -1"), so that front ends can fill
+  // in `param`.
   absl::StatusOr<Submitted> Generate(GenerateInput input, std::shared_ptr<OutputSink> sink);
   void Cancel(RequestId id) { engine_->Cancel(id); }
 
   absl::StatusOr<std::vector<TokenId>> Tokenize(std::string_view text, bool add_special) const;
   absl::StatusOr<std::vector<TokenId>> TokenizeChat(const std::vector<ChatMessage>& messages) const;
-  absl::StatusOr<std::string> Detokenize(const std::vector<TokenId>& tokens) const;  // InvalidArgument for ids out of range
+  absl::StatusOr<std::string> Detokenize(
+      const std::vector<TokenId>& tokens) const;  // InvalidArgument for ids out of range
   const Tokenizer& tokenizer() const { return *tokenizer_; }
 
   const ServedModel& model() const { return model_; }
@@ -75,6 +82,13 @@ class GenerateService {
   bool ready() const { return ready_.load(); }
 
  private:
+  absl::StatusOr<std::vector<TokenId>> EncodePrompt(const PromptInput& prompt) const;
+  void AddTemplateStops(SamplingParams* sampling) const;
+  // Refuses a prompt that leaves no room for an answer, and sets max_tokens to what fits where it was not
+  // given.
+  absl::Status FitMaxTokens(int prompt_tokens, bool is_chat, bool max_tokens_given,
+                            SamplingParams* sampling) const;
+
   Engine* engine_;
   const Tokenizer* tokenizer_;
   ChatTemplate chat_template_;

@@ -14,7 +14,8 @@ namespace atp {
 class GrpcServer {
  public:
   // Binds server.grpc_port and serves. `service` and `metrics` outlive the server.
-  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const Config& config, GenerateService* service, Metrics* metrics);
+  static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const Config& config, GenerateService* service,
+                                                           Metrics* metrics);
   virtual ~GrpcServer() = default;
 
   virtual int port() const = 0;

@@ -1,0 +1,27 @@
+// The subcommands of atp. Each adds itself to the application; its callback sets *exit_code:
+// 0 done, 1 a failure, 2 bad arguments.
+#ifndef ATP_CLI_COMMAND_H_
+#define ATP_CLI_COMMAND_H_
+
+#include <functional>
+
+#include "absl/status/status.h"
+
+namespace CLI {
+class App;
+}
+
+namespace atp {
+
+void AddServe(CLI::App* app, int* exit_code);
+void AddGenerate(CLI::App* app, int* exit_code);
+void AddEval(CLI::App* app, int* exit_code);
+void AddBench(CLI::App* app, int* exit_code);
+
+// "atp: " and the message on stderr.
+int Failure(const absl::Status& status);       // 1
+int BadArguments(const absl::Status& status);  // 2
+
+}  // namespace atp
+
+#endif  // ATP_CLI_COMMAND_H_

@@ -1,0 +1,149 @@
+#include "cli/served_engine.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "cli/load_progress.h"
+#include "engine/tokenizer_config.h"
+#include "kernels/backend_factory.h"
+#include "kernels/kv_page.h"
+#include "spdlog/spdlog.h"
+
+namespace atp {
+namespace {
+
+KvFormat FormatOf(const KvCacheConfig& config, DType weights) {
+  if (config.dtype == "auto") return weights == DType::kF32 ? KvFormat::kF32 : KvFormat::kBF16;
+  return *KvFormatFromName(config.dtype);  // Validate() has checked it
+}
+
+bool HasTokenizer(const std::string& model_dir) {
+  std::error_code ignored;
+  return std::filesystem::exists(model_dir + "/tokenizer.model", ignored) ||
+         std::filesystem::exists(model_dir + "/tokenizer.json", ignored);
+}
+
+}  // namespace
+
+ModelLimits LimitsOf(const SchedulerConfig& scheduler) {
+  ModelLimits limits;
+  limits.max_batch_rows = scheduler.max_batch_tokens;
+  limits.max_batch_entries = scheduler.max_running_requests;
+  // Each running sequence samples in each step; a few more rows let prompts be scored (echo with logprobs).
+  limits.max_logit_rows = std::max(16, scheduler.max_running_requests);
+  return limits;
+}
+
+absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& limits, TokenizerNeed need) {
+  LoadedModel loaded;
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa});
+  if (!backend.ok()) return backend.status();
+  loaded.backend = *std::move(backend);
+
+  const std::string& path = config.model.path;
+  {
+    LoadProgressBar bar(path);
+    absl::StatusOr<std::unique_ptr<LlamaModel>> model = LlamaModel::Load(
+        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); });
+    if (!model.ok()) return model.status();
+    loaded.model = *std::move(model);
+  }
+  const LlamaConfig& llama = loaded.model->config();
+  if (need == TokenizerNeed::kRequired || HasTokenizer(path)) {
+    absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = LoadTokenizer(path, llama.vocab_size);
+    if (!tokenizer.ok()) return tokenizer.status();
+    loaded.tokenizer = *std::move(tokenizer);
+  }
+  loaded.kv_format = FormatOf(config.kv_cache, loaded.model->weight_dtype());
+  loaded.max_context_tokens = static_cast<int>(
+      llama.sliding_window > 0 ? std::min(llama.max_positions, llama.sliding_window) : llama.max_positions);
+  return loaded;
+}
+
+size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens) {
+  const LlamaConfig& llama = loaded.model->config();
+  const KvPage page(loaded.kv_format, config.block_tokens, llama.head_dim, /*with_log_mass=*/false);
+  const int64_t blocks_per_head = (tokens + config.block_tokens - 1) / config.block_tokens;
+  return static_cast<size_t>(sequences * blocks_per_head * llama.layers * llama.kv_heads) * page.bytes();
+}
+
+size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
+  if (config.kv_cache.memory_bytes > 0) return static_cast<size_t>(config.kv_cache.memory_bytes);
+  const double available = static_cast<double>(AvailableMemoryBytes());
+  const auto share = static_cast<size_t>(available * config.kv_cache.memory_fraction);
+  return std::min(share, KvBytes(config.kv_cache, loaded, config.scheduler.max_running_requests,
+                                 loaded.max_context_tokens));
+}
+
+absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config, LoadedModel* loaded,
+                                                           EngineObserver* observer) {
+  BatchingEngineOptions options;
+  options.kv_memory_bytes = KvMemoryBytes(config, *loaded);
+  options.block_tokens = config.kv_cache.block_tokens;
+  options.kv_format = loaded->kv_format;
+  options.prefix_cache = config.kv_cache.prefix_cache;
+  options.max_batch_tokens = config.scheduler.max_batch_tokens;
+  options.max_prefill_chunk_tokens = config.scheduler.max_prefill_chunk_tokens;
+  options.max_running_sequences = config.scheduler.max_running_requests;
+  options.max_waiting_requests = config.scheduler.max_waiting_requests;
+  options.eos_token_ids =
+      loaded->tokenizer != nullptr ? loaded->tokenizer->special().eos : loaded->model->config().eos_token_ids;
+  return BatchingEngine::Create(loaded->backend.get(), loaded->model.get(), loaded->tokenizer.get(), options,
+                                observer);
+}
+
+void LogStart(const std::string& name, const LoadedModel& loaded, const BatchingEngine& engine) {
+  const EngineStats stats = engine.Stats();
+  spdlog::info(
+      "model={} dtype={} weight_bytes={} activation_bytes={} device=\"{}\" kv_dtype={} kv_bytes={} "
+      "kv_blocks={} "
+      "kv_tokens={} change_with=kv_cache.memory_bytes",
+      name, Name(loaded.model->weight_dtype()), loaded.model->weight_bytes(),
+      loaded.model->activation_bytes(), loaded.backend->Description(), Name(loaded.kv_format),
+      static_cast<size_t>(stats.kv_blocks_total) * stats.kv_block_bytes, stats.kv_blocks_total,
+      stats.kv_tokens_capacity);
+  if (stats.kv_tokens_capacity < loaded.max_context_tokens) {
+    spdlog::warn(
+        "the KV cache holds {} tokens, less than one sequence of {}: raise kv_cache.memory_bytes to {}",
+        stats.kv_tokens_capacity, loaded.max_context_tokens,
+        stats.kv_block_bytes * static_cast<size_t>(engine.kv_cache().shape().heads_total()) *
+            static_cast<size_t>((loaded.max_context_tokens + engine.kv_cache().shape().block_tokens - 1) /
+                                engine.kv_cache().shape().block_tokens));
+  }
+}
+
+namespace {
+
+std::string ServedName(const ModelConfig& config) {
+  if (!config.name.empty()) return config.name;
+  std::error_code error;
+  // lexically_normal of "models/default/" ends in an empty name; "." needs the absolute path.
+  std::filesystem::path path = std::filesystem::absolute(config.path, error).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();
+  const std::string name = path.filename().string();
+  return name.empty() ? "model" : name;
+}
+
+}  // namespace
+
+ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded) {
+  ServedModel model;
+  model.id = ServedName(config);
+  model.created_unix_seconds = absl::ToUnixSeconds(absl::Now());
+  model.max_context_tokens = loaded.max_context_tokens;
+  model.vocab_size = static_cast<int>(loaded.model->config().vocab_size);
+  model.device = loaded.backend->Description();
+  return model;
+}
+
+absl::StatusOr<ChatTemplate> LoadChatTemplate(const ModelConfig& config) {
+  if (config.chat_template != "auto") return ChatTemplate::Create(config.chat_template);
+  absl::StatusOr<std::string> jinja = ReadChatTemplate(config.path);
+  if (!jinja.ok()) return jinja.status();
+  return ChatTemplate::Detect(*jinja);
+}
+
+}  // namespace atp

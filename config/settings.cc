@@ -1,0 +1,246 @@
+#include "config/settings.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace atp {
+namespace {
+
+constexpr double kWeek = 7.0 * 24 * 3600 * 1000;
+constexpr double kPebibyte = 0x1p50;
+
+#define ATP_MEMBER(type, path)                  \
+  SettingMember {                               \
+    +[](Config& c) -> type* { return &c.path; } \
+  }
+
+std::vector<Setting> MakeTable() {
+  using String = std::string;
+  using Strings = std::vector<std::string>;
+  constexpr auto kBytes = SettingUnit::kBytes;
+  constexpr auto kMs = SettingUnit::kMilliseconds;
+  return {
+      {.key = "model.path",
+       .member = ATP_MEMBER(String, model.path),
+       .meaning = "model directory in Hugging Face layout"},
+      {.key = "model.name",
+       .member = ATP_MEMBER(String, model.name),
+       .meaning = "name that clients ask for; empty: the directory's name",
+       .may_be_empty = true},
+      {.key = "model.chat_template",
+       .member = ATP_MEMBER(String, model.chat_template),
+       .meaning = "how chat messages become a prompt; auto: from the model's tokenizer_config.json",
+       .choices = {"auto", "llama-2", "llama-3", "chatml", "mistral", "plain"}},
+
+      {.key = "backend.device",
+       .member = ATP_MEMBER(String, backend.device),
+       .meaning = "where the model runs; reference is the slow fp32 oracle",
+       .choices = {"cpu", "cuda", "reference"}},
+      {.key = "backend.threads",
+       .member = ATP_MEMBER(int, backend.threads),
+       .meaning = "threads that compute; 0: the physical cores that the cgroup grants",
+       .max = 1024},
+      {.key = "backend.cpu_isa",
+       .member = ATP_MEMBER(String, backend.cpu_isa),
+       .meaning =
+           "SIMD instruction set; auto: the best that the machine has (avx512, avx2, sse4, scalar, ...)"},
+
+      {.key = "scheduler.max_batch_tokens",
+       .member = ATP_MEMBER(int, scheduler.max_batch_tokens),
+       .meaning = "tokens per engine step, prefill and decode together",
+       .min = 1,
+       .max = 1 << 20},
+      {.key = "scheduler.max_prefill_chunk_tokens",
+       .member = ATP_MEMBER(int, scheduler.max_prefill_chunk_tokens),
+       .meaning = "prompt tokens of one sequence per engine step",
+       .min = 1,
+       .max = 1 << 20},
+      {.key = "scheduler.max_running_requests",
+       .member = ATP_MEMBER(int, scheduler.max_running_requests),
+       .meaning = "sequences that run at the same time",
+       .min = 1,
+       .max = 65536},
+      {.key = "scheduler.max_waiting_requests",
+       .member = ATP_MEMBER(int, scheduler.max_waiting_requests),
+       .meaning = "requests that may wait; beyond, clients get 429 or RESOURCE_EXHAUSTED",
+       .max = 1 << 24},
+      {.key = "scheduler.default_timeout_ms",
+       .member = ATP_MEMBER(int64_t, scheduler.default_timeout_ms),
+       .meaning = "deadline of a request that brings none; 0: none",
+       .max = kWeek,
+       .unit = kMs},
+
+      {.key = "kv_cache.memory_bytes",
+       .member = ATP_MEMBER(int64_t, kv_cache.memory_bytes),
+       .meaning = "size of the KV cache; 0: memory_fraction of what the cgroup leaves after the weights, at "
+                  "most what "
+                  "scheduler.max_running_requests sequences of full length can use",
+       .max = kPebibyte,
+       .unit = kBytes},
+      {.key = "kv_cache.memory_fraction",
+       .member = ATP_MEMBER(double, kv_cache.memory_fraction),
+       .meaning = "share of the memory left after the weights; used when memory_bytes is 0",
+       .max = 0.95,
+       .min_excluded = true},
+      {.key = "kv_cache.block_tokens",
+       .member = ATP_MEMBER(int, kv_cache.block_tokens),
+       .meaning = "tokens per block of the cache",
+       .min = 16,
+       .max = 1024,
+       .multiple_of = 16},
+      {.key = "kv_cache.dtype",
+       .member = ATP_MEMBER(String, kv_cache.dtype),
+       .meaning = "element type of keys and values; auto: bf16 where the weights are 16-bit, else f32",
+       .choices = {"auto", "f32", "bf16"}},
+      {.key = "kv_cache.prefix_cache",
+       .member = ATP_MEMBER(bool, kv_cache.prefix_cache),
+       .meaning = "keep blocks of finished requests for prompts that begin alike"},
+
+      {.key = "server.host",
+       .member = ATP_MEMBER(String, server.host),
+       .meaning = "address to listen on, for all ports; 0.0.0.0 in a container"},
+      {.key = "server.http_port",
+       .member = ATP_MEMBER(int, server.http_port),
+       .meaning = "port of the OpenAI-style REST API; 0: any free port, printed at start",
+       .max = 65535},
+      {.key = "server.grpc_port",
+       .member = ATP_MEMBER(int, server.grpc_port),
+       .meaning = "port of gRPC; 0: any free port",
+       .max = 65535},
+      {.key = "server.metrics_port",
+       .member = ATP_MEMBER(int, server.metrics_port),
+       .meaning = "port that serves only /metrics and /health; 0: any free port",
+       .max = 65535},
+      {.key = "server.io_threads",
+       .member = ATP_MEMBER(int, server.io_threads),
+       .meaning = "threads that serve HTTP sockets",
+       .min = 1,
+       .max = 256},
+      {.key = "server.drain_timeout_ms",
+       .member = ATP_MEMBER(int64_t, server.drain_timeout_ms),
+       .meaning = "how long running requests may take to finish after SIGTERM",
+       .max = kWeek,
+       .unit = kMs},
+      {.key = "server.max_body_bytes",
+       .member = ATP_MEMBER(int64_t, server.max_body_bytes),
+       .meaning = "largest HTTP body and gRPC message",
+       .min = 1024,
+       .max = 0x1p30,
+       .unit = kBytes},
+      {.key = "server.max_header_bytes",
+       .member = ATP_MEMBER(int64_t, server.max_header_bytes),
+       .meaning = "largest HTTP request header",
+       .min = 1024,
+       .max = 0x1p20,
+       .unit = kBytes},
+      {.key = "server.max_connections",
+       .member = ATP_MEMBER(int, server.max_connections),
+       .meaning = "open HTTP connections; beyond: 503 and close",
+       .min = 1,
+       .max = 1000000},
+      {.key = "server.idle_timeout_ms",
+       .member = ATP_MEMBER(int64_t, server.idle_timeout_ms),
+       .meaning = "a keep-alive connection without a request is closed after this",
+       .min = 1,
+       .max = kWeek,
+       .unit = kMs},
+      {.key = "server.header_timeout_ms",
+       .member = ATP_MEMBER(int64_t, server.header_timeout_ms),
+       .meaning = "time from a request's first byte to its end",
+       .min = 1,
+       .max = kWeek,
+       .unit = kMs},
+      {.key = "server.write_timeout_ms",
+       .member = ATP_MEMBER(int64_t, server.write_timeout_ms),
+       .meaning = "a client that does not read its answer for this long is cut off",
+       .min = 1,
+       .max = kWeek,
+       .unit = kMs},
+      {.key = "server.cors_allowed_origins",
+       .member = ATP_MEMBER(Strings, server.cors_allowed_origins),
+       .meaning = "origins that browsers may call from; empty: no CORS headers, \"*\": any"},
+      {.key = "server.api_keys",
+       .member = ATP_MEMBER(Strings, server.api_keys),
+       .meaning = "accepted bearer tokens for /v1, /tokenize, /detokenize and gRPC; empty: open to all"},
+
+      {.key = "limits.max_n",
+       .member = ATP_MEMBER(int, limits.max_n),
+       .meaning = "answers per prompt",
+       .min = 1,
+       .max = 1024},
+      {.key = "limits.max_prompts",
+       .member = ATP_MEMBER(int, limits.max_prompts),
+       .meaning = "prompts in one /v1/completions call",
+       .min = 1,
+       .max = 65536},
+      {.key = "limits.max_logprobs",
+       .member = ATP_MEMBER(int, limits.max_logprobs),
+       .meaning = "most likely tokens that a request may ask for at each position",
+       .max = 1000},
+      {.key = "limits.max_stop_strings",
+       .member = ATP_MEMBER(int, limits.max_stop_strings),
+       .meaning = "stop strings of one request",
+       .max = 1000},
+      {.key = "limits.default_max_tokens",
+       .member = ATP_MEMBER(int, limits.default_max_tokens),
+       .meaning = "tokens of a /v1/completions answer without max_tokens; chat and gRPC: as many as fit",
+       .min = 1,
+       .max = 1 << 24},
+
+      {.key = "log.level",
+       .member = ATP_MEMBER(String, log.level),
+       .meaning = "least severe messages that are logged",
+       .choices = {"trace", "debug", "info", "warn", "error"}},
+  };
+}
+
+#undef ATP_MEMBER
+
+size_t EditDistance(std::string_view a, std::string_view b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t substitute = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({substitute, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row[b.size()];
+}
+
+}  // namespace
+
+std::span<const Setting> SettingsTable() {
+  static const std::vector<Setting>& table = *new std::vector<Setting>(MakeTable());
+  return table;
+}
+
+const Setting* FindSetting(std::string_view key) {
+  for (const Setting& setting : SettingsTable()) {
+    if (setting.key == key) return &setting;
+  }
+  return nullptr;
+}
+
+std::string_view NearestKey(std::string_view key) {
+  key = key.substr(0, 64);  // longer than any key; bounds the work
+  const auto last_part = [](std::string_view k) { return k.substr(k.find('.') + 1); };
+  std::string_view best;
+  size_t best_distance = std::numeric_limits<size_t>::max();
+  for (const Setting& setting : SettingsTable()) {
+    // A right name in the wrong section is nearer than a vaguely similar key of that section.
+    constexpr size_t kWrongSection = 3;
+    const size_t distance = std::min(EditDistance(key, setting.key),
+                                     EditDistance(last_part(key), last_part(setting.key)) + kWrongSection);
+    if (distance < best_distance) {
+      best_distance = distance;
+      best = setting.key;
+    }
+  }
+  return best;
+}
+
+}  // namespace atp

@@ -1,0 +1,298 @@
+#include "engine/batching_engine.h"
+
+#include <pthread.h>
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+
+namespace atp {
+namespace {
+
+int MaxPositions(const LlamaConfig& config) {
+  // A window smaller than the positions is not implemented as such: the model is served up to it.
+  const int64_t positions = config.sliding_window > 0 ? std::min(config.max_positions, config.sliding_window)
+                                                      : config.max_positions;
+  return static_cast<int>(positions);
+}
+
+SchedulerOptions MakeSchedulerOptions(const BatchingEngineOptions& options, const ModelLimits& limits,
+                                      const KvCache& kv_cache, int max_positions) {
+  SchedulerOptions out;
+  out.max_batch_tokens = std::min(options.max_batch_tokens, limits.max_batch_rows);
+  out.max_prefill_chunk_tokens = options.max_prefill_chunk_tokens;
+  out.max_running_sequences = std::min(options.max_running_sequences, limits.max_batch_entries);
+  out.prefix_cache = options.prefix_cache;
+  out.max_logit_rows = limits.max_logit_rows;
+  out.max_positions = max_positions;
+  out.layers = kv_cache.shape().layers;
+  out.kv_heads = kv_cache.shape().kv_heads;
+  out.block_tokens = kv_cache.shape().block_tokens;
+  out.num_blocks = kv_cache.num_blocks();
+  return out;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* backend, LlamaModel* model,
+                                                                       const Tokenizer* tokenizer,
+                                                                       const BatchingEngineOptions& options,
+                                                                       EngineObserver* observer) {
+  const LlamaConfig& config = model->config();
+  KvCache::Shape shape;
+  shape.layers = config.layers;
+  shape.kv_heads = config.kv_heads;
+  shape.head_dim = config.head_dim;
+  shape.block_tokens = options.block_tokens;
+  shape.format = options.kv_format;
+  absl::StatusOr<KvCache> kv_cache = KvCache::Create(backend, shape, options.kv_memory_bytes);
+  if (!kv_cache.ok()) return kv_cache.status();
+  return std::unique_ptr<BatchingEngine>(
+      new BatchingEngine(model, tokenizer, options, observer, *std::move(kv_cache)));
+}
+
+BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
+                               const BatchingEngineOptions& options, EngineObserver* observer,
+                               KvCache kv_cache)
+    : model_(model),
+      tokenizer_(tokenizer),
+      eos_(options.eos_token_ids),
+      observer_(observer),
+      vocab_size_(static_cast<int>(model->config().vocab_size)),
+      max_positions_(MaxPositions(model->config())),
+      kv_cache_(std::move(kv_cache)),
+      queue_(options.max_waiting_requests),
+      scheduler_(MakeSchedulerOptions(options, model->limits(), kv_cache_, max_positions_)),
+      sampler_(vocab_size_),
+      thread_([this] { Run(); }) {}
+
+BatchingEngine::~BatchingEngine() {
+  queue_.Stop();
+  thread_.join();
+}
+
+// ---- any thread ----
+
+absl::StatusOr<RequestId> BatchingEngine::Submit(Request request, std::shared_ptr<OutputSink> sink) {
+  if (absl::Status s = ValidateSampling(request.sampling, vocab_size_); !s.ok()) return s;
+  if (request.prompt.empty())
+    return absl::InvalidArgumentError("prompt: it has no tokens; give it one at least");
+  for (TokenId token : request.prompt) {
+    if (token >= 0 && token < vocab_size_) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("prompt: has token id ", token, "; ids of this model are 0 to ", vocab_size_ - 1));
+  }
+  if (tokenizer_ == nullptr && !request.sampling.stop.empty()) {
+    return absl::InvalidArgumentError(
+        "stop: this model has no tokenizer, so stop strings cannot be found; "
+        "use stop_token_ids");
+  }
+  const int prompt_tokens =
+      static_cast<int>(std::min<size_t>(request.prompt.size(), std::numeric_limits<int>::max()));
+  if (absl::Status s = scheduler_.CheckFits(prompt_tokens, request.sampling.max_tokens); !s.ok()) return s;
+  if (!request.sampling.seed) {
+    std::random_device random;
+    request.sampling.seed = static_cast<uint64_t>(random()) << 32 | random();
+  }
+  return queue_.Push(std::move(request), std::move(sink));
+}
+
+EngineStats BatchingEngine::Stats() const {
+  EngineStats stats;
+  stats.requests_waiting = queue_.waiting();
+  stats.requests_running = std::max(0, queue_.active() - stats.requests_waiting);
+  stats.kv_blocks_total = kv_cache_.num_blocks();
+  stats.kv_blocks_used = blocks_used_.load(std::memory_order_relaxed);
+  stats.kv_blocks_cached = blocks_cached_.load(std::memory_order_relaxed);
+  stats.kv_block_bytes = kv_cache_.block_bytes();
+  stats.kv_tokens_capacity = kv_cache_.token_capacity();
+  stats.preemptions_total = preemptions_.load(std::memory_order_relaxed);
+  stats.prefix_cache_queries_tokens_total = prefix_queries_.load(std::memory_order_relaxed);
+  stats.prefix_cache_hits_tokens_total = prefix_hits_.load(std::memory_order_relaxed);
+  return stats;
+}
+
+// ---- the engine's thread ----
+
+void BatchingEngine::Run() {
+  pthread_setname_np(pthread_self(), "atp-engine");
+  while (TakeIntake()) Step();
+}
+
+bool BatchingEngine::TakeIntake() {
+  queue_.Take(/*wait=*/scheduler_.empty(), absl::InfiniteFuture(), &intake_);
+  for (Submission& submission : intake_.submissions) Start(std::move(submission));
+  for (RequestId id : intake_.cancels) scheduler_.Cancel(id);
+  if (intake_.end_all) scheduler_.FinishAll(FinishReason::kShutdown);
+  EmitFinished();
+  return !intake_.stop;
+}
+
+void BatchingEngine::Start(Submission submission) {
+  auto active = std::make_shared<ActiveRequest>(std::move(submission));
+  const Request& request = *active->request;
+  const int max_new_tokens =
+      scheduler_.MaxNewTokens(static_cast<int>(request.prompt.size()), request.sampling.max_tokens);
+  for (int i = 0; i < request.sampling.n; ++i) {
+    auto stream = std::make_unique<AnswerStream>(tokenizer_, eos_, active, i, max_new_tokens);
+    const bool scored = request.echo_prompt && request.sampling.logprobs.has_value();
+    if (request.echo_prompt && !scored) stream->SendPrompt();
+    if (max_new_tokens == 0 && !scored) {
+      EmitFinish(stream.get(), FinishReason::kLength, "", 0);
+      continue;
+    }
+    const absl::Status admitted = scheduler_.Admit(
+        std::make_unique<Sequence>(active->id, active->request, i, max_new_tokens, std::move(stream)));
+    if (!admitted.ok()) {
+      // Submit asked the same question of the same constants.
+      spdlog::critical("event=bug what=\"an accepted request does not fit\" request={} status=\"{}\"",
+                       active->id, admitted.ToString());
+      std::abort();
+    }
+  }
+}
+
+// One step, read aloud.
+void BatchingEngine::Step() {
+  const absl::Time begin = absl::Now();
+  const Batch& batch = scheduler_.Schedule(begin);
+  EmitFinished();  // whose deadline has passed
+  if (batch.empty()) return;
+  NoteStarted(batch, begin);
+  const absl::StatusOr<std::span<const float>> logits = model_->Forward(batch, kv_cache_);
+  if (!logits.ok()) return Fail(logits.status());
+  scheduler_.Commit(batch, Sample(batch, *logits));
+
+  const absl::Time end = absl::Now();
+  Report(batch, end - begin);
+  Deliver(batch, end);
+  EmitFinished();
+}
+
+void BatchingEngine::NoteStarted(const Batch& batch, absl::Time now) {
+  for (const BatchEntry& entry : batch.entries) {
+    ActiveRequest& active = entry.sequence->stream()->active();
+    if (active.started) continue;
+    active.started = now;
+    queue_.NoteStarted();
+  }
+}
+
+// logits: [batch.logit_rows.size(), vocab_size]. Returns a token per entry; entries that end before their
+// sequence's last known token have none (and Commit does not look).
+std::span<const TokenId> BatchingEngine::Sample(const Batch& batch, std::span<const float> logits) {
+  sampled_.assign(batch.entries.size(), std::nullopt);
+  tokens_.assign(batch.entries.size(), 0);
+  for (size_t i = 0; i < batch.entries.size(); ++i) {
+    const BatchEntry& entry = batch.entries[i];
+    const Sequence& sequence = *entry.sequence;
+    AnswerStream& stream = *sequence.stream();
+    const std::span<const float> rows = logits.subspan(static_cast<size_t>(entry.first_logit) * vocab_size_,
+                                                       static_cast<size_t>(entry.logits) * vocab_size_);
+    if (sequence.scores_prompt()) ScorePrompt(batch, entry, rows);
+    if (sequence.position() + entry.rows < sequence.total_tokens()) continue;
+    SampleContext context;
+    context.params = &stream.sampling();
+    context.seed = stream.seed();
+    context.prompt = sequence.prompt();
+    context.generated = sequence.generated();
+    context.forbidden = stream.forbidden();
+    sampled_[i] = sampler_.Sample(rows.last(vocab_size_), context);
+    tokens_[i] = sampled_[i]->token;
+  }
+  return tokens_;
+}
+
+// Each row of logits judges the token behind it.
+void BatchingEngine::ScorePrompt(const Batch& batch, const BatchEntry& entry, std::span<const float> rows) {
+  const Sequence& sequence = *entry.sequence;
+  if (sequence.scored_tokens() >= sequence.prompt_tokens()) return;
+  AnswerStream& stream = *sequence.stream();
+  const std::span<const TokenId> prompt = sequence.prompt();
+  for (int i = 0; i < entry.logits; ++i) {
+    const size_t position = batch.positions[batch.logit_rows[entry.first_logit + i]];
+    if (position + 1 == prompt.size()) {
+      stream.SendPrompt();
+      return;
+    }
+    stream.AddPromptLogprob(sampler_.Logprob(rows.subspan(static_cast<size_t>(i) * vocab_size_, vocab_size_),
+                                             prompt[position + 1], *stream.sampling().logprobs));
+  }
+}
+
+void BatchingEngine::Deliver(const Batch& batch, absl::Time now) {
+  for (size_t i = 0; i < batch.entries.size(); ++i) {
+    if (!sampled_[i]) continue;
+    Sequence* sequence = batch.entries[i].sequence;
+    if (sequence->max_new_tokens() == 0) {  // only its prompt was asked for
+      scheduler_.Finish(sequence, FinishReason::kLength);
+      continue;
+    }
+    AnswerStream& stream = *sequence->stream();
+    if (observer_ != nullptr && stream.last_token_time()) {
+      observer_->OnInterTokenLatency(now - *stream.last_token_time());
+    }
+    const std::optional<FinishReason> end = stream.Append(*std::move(sampled_[i]), now);
+    if (end) scheduler_.Finish(sequence, *end);
+  }
+}
+
+void BatchingEngine::Fail(const absl::Status& status) {
+  spdlog::error("event=device_failed requests={} status=\"{}\"", queue_.active() - queue_.waiting(),
+                status.ToString());
+  scheduler_.FinishRunning(FinishReason::kError);
+  scheduler_.DropPrefixCache();  // nobody knows what was written
+  EmitFinished(absl::StrCat("the device failed: ", status.message()));
+}
+
+void BatchingEngine::EmitFinished(const std::string& error) {
+  PublishStats();  // before the callers hear of it, so that the blocks they waited for are seen to be free
+  for (const std::unique_ptr<Sequence>& sequence : scheduler_.TakeFinished()) {
+    const FinishReason reason = sequence->finish_reason();
+    std::string message;
+    if (reason == FinishReason::kShutdown) message = "the server shut down before the answer was whole";
+    if (reason == FinishReason::kError) message = error;
+    EmitFinish(sequence->stream(), reason, std::move(message), sequence->cached_tokens());
+  }
+}
+
+void BatchingEngine::EmitFinish(AnswerStream* stream, FinishReason reason, std::string message,
+                                int cached_tokens) {
+  ActiveRequest& active = stream->active();
+  if (!stream->Finish(reason, std::move(message), cached_tokens)) return;
+  const RequestReport report = active.Report(reason, absl::Now());
+  LogFinished(active, report);
+  if (observer_ != nullptr) observer_->OnRequestFinished(report);
+  queue_.NoteEnded(active.started.has_value());
+}
+
+void BatchingEngine::Report(const Batch& batch, absl::Duration duration) {
+  if (observer_ == nullptr) return;
+  StepReport report;
+  report.sequences = static_cast<int>(batch.entries.size());
+  report.duration = duration;
+  for (const BatchEntry& entry : batch.entries) {
+    // A row that follows the prompt continues a stream; several rows of it are being computed again.
+    const bool decode =
+        entry.rows == 1 && batch.positions[entry.first_row] >= entry.sequence->prompt_tokens();
+    (decode ? report.decode_tokens : report.prefill_tokens) += entry.rows;
+  }
+  observer_->OnStep(report);
+}
+
+void BatchingEngine::PublishStats() {
+  const SchedulerStats stats = scheduler_.stats();
+  blocks_used_.store(stats.blocks_used, std::memory_order_relaxed);
+  blocks_cached_.store(stats.blocks_cached, std::memory_order_relaxed);
+  preemptions_.store(stats.preemptions, std::memory_order_relaxed);
+  prefix_queries_.store(stats.prefix_queries_tokens, std::memory_order_relaxed);
+  prefix_hits_.store(stats.prefix_hits_tokens, std::memory_order_relaxed);
+}
+
+}  // namespace atp

@@ -1,0 +1,187 @@
+#include "engine/llama_model.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "engine/block_table.h"
+
+namespace atp {
+namespace {
+
+// A batch beyond the limits would write past the activations, so this stays on in release builds.
+void Check(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "LlamaModel::Forward: broken precondition: %s\n", what);
+  std::abort();
+}
+
+void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& config,
+                const ModelLimits& limits) {
+  const KvCache::Shape& shape = kv_cache.shape();
+  Check(
+      shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim,
+      "the cache has the model's shape");
+  Check(batch.rows() > 0, "at least one row");
+  Check(batch.rows() <= limits.max_batch_rows, "rows <= max_batch_rows");
+  Check(batch.positions.size() == batch.tokens.size(), "a position for each token");
+  Check(batch.logit_rows.size() <= static_cast<size_t>(limits.max_logit_rows),
+        "logit rows <= max_logit_rows");
+  Check(batch.entries.size() <= static_cast<size_t>(limits.max_batch_entries),
+        "entries <= max_batch_entries");
+  for (const int32_t token : batch.tokens)
+    Check(token >= 0 && token < config.vocab_size, "tokens in the vocabulary");
+  for (const int32_t row : batch.logit_rows) Check(row >= 0 && row < batch.rows(), "logit rows in the batch");
+  int rows = 0;
+  for (const BatchEntry& entry : batch.entries) {
+    Check(entry.first_row == rows && entry.rows > 0, "entries cover the rows in order");
+    Check(entry.rows <= entry.exact_entries, "exact_entries counts this step's rows");
+    Check(entry.exact_entries <= entry.table->exact_blocks() * shape.block_tokens,
+          "blocks for all exact entries");
+    rows += entry.rows;
+  }
+  Check(rows == batch.rows(), "every row belongs to an entry");
+}
+
+}  // namespace
+
+// Device memory that one step needs, for the largest legal step; all fp32, one row per token of the batch.
+struct LlamaModel::Activations {
+  Buffer hidden;                      // [rows, hidden]: the residual stream
+  Buffer normed;                      // [rows, hidden]
+  Buffer query;                       // [rows, heads, head_dim]
+  Buffer key, value;                  // [rows, kv_heads, head_dim]
+  Buffer attended;                    // [rows, heads, head_dim]
+  Buffer gate, up;                    // [rows, intermediate]
+  Buffer last;                        // [logit_rows, hidden]
+  Buffer logits;                      // [logit_rows, vocab]
+  Buffer inverse_frequency;           // [head_dim / 2]
+  std::vector<float> host_logits;     // [logit_rows, vocab]
+  std::vector<KvSequence> sequences;  // scratch: the batch's entries as ops see them, in one layer
+};
+
+absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& model_dir, Backend* backend,
+                                                             const ModelLimits& limits,
+                                                             const LoadProgress& progress) {
+  Check(limits.max_batch_rows > 0 && limits.max_logit_rows > 0 && limits.max_batch_entries > 0,
+        "positive limits");
+  absl::StatusOr<LlamaConfig> config = LoadLlamaConfig(model_dir);
+  if (!config.ok()) return config.status();
+  absl::StatusOr<LlamaWeights> weights = LoadLlamaWeights(model_dir, *config, backend, progress);
+  if (!weights.ok()) return weights.status();
+  std::unique_ptr<LlamaModel> model(new LlamaModel(*std::move(config), *std::move(weights), backend, limits));
+  if (absl::Status allocated = model->AllocateActivations(); !allocated.ok()) return allocated;
+  if (absl::Status synchronized = backend->Synchronize(); !synchronized.ok()) return synchronized;
+  return model;
+}
+
+LlamaModel::LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits)
+    : config_(std::move(config)), weights_(std::move(weights)), backend_(backend), limits_(limits) {}
+
+LlamaModel::~LlamaModel() = default;
+
+absl::Status LlamaModel::AllocateActivations() {
+  activations_ = std::make_unique<Activations>();
+  Activations& a = *activations_;
+  absl::Status status;
+  const auto allocate = [&](Buffer* buffer, int64_t rows, int64_t cols) {
+    if (!status.ok()) return;
+    const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
+    absl::StatusOr<Buffer> memory = backend_->Allocate(bytes);
+    if (!memory.ok()) {
+      status = absl::Status(memory.status().code(),
+                            absl::StrCat("activations of ", rows, " rows: ", memory.status().message(),
+                                         "; lower the tokens per step"));
+      return;
+    }
+    *buffer = *std::move(memory);
+    activation_bytes_ += bytes;
+  };
+  const int64_t rows = limits_.max_batch_rows;
+  const int64_t query_dim = static_cast<int64_t>(config_.heads) * config_.head_dim;
+  const int64_t kv_dim = static_cast<int64_t>(config_.kv_heads) * config_.head_dim;
+  allocate(&a.hidden, rows, config_.hidden_size);
+  allocate(&a.normed, rows, config_.hidden_size);
+  allocate(&a.query, rows, query_dim);
+  allocate(&a.key, rows, kv_dim);
+  allocate(&a.value, rows, kv_dim);
+  allocate(&a.attended, rows, query_dim);
+  allocate(&a.gate, rows, config_.intermediate_size);
+  allocate(&a.up, rows, config_.intermediate_size);
+  allocate(&a.last, limits_.max_logit_rows, config_.hidden_size);
+  allocate(&a.logits, limits_.max_logit_rows, config_.vocab_size);
+  allocate(&a.inverse_frequency, 1, config_.head_dim / 2);
+  if (!status.ok()) return status;
+  backend_->CopyToDevice(a.inverse_frequency.data(), config_.inverse_frequency.data(),
+                         a.inverse_frequency.bytes());
+  a.host_logits.resize(static_cast<size_t>(limits_.max_logit_rows) * static_cast<size_t>(config_.vocab_size));
+  a.sequences.reserve(static_cast<size_t>(limits_.max_batch_entries));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache) {
+  CheckBatch(batch, kv_cache, config_, limits_);
+  const LlamaConfig& c = config_;
+  Activations& a = *activations_;
+  const int64_t rows = batch.rows();
+  float* const hidden = a.hidden.as<float>();
+  float* const normed = a.normed.as<float>();
+  float* const query = a.query.as<float>();
+  float* const key = a.key.as<float>();
+  float* const value = a.value.as<float>();
+  float* const attended = a.attended.as<float>();
+  float* const gate = a.gate.as<float>();
+  float* const up = a.up.as<float>();
+  const float* const inverse_frequency = a.inverse_frequency.as<float>();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
+
+  const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) {
+    backend_->RmsNorm({x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps});
+  };
+  const auto linear = [&](const float* x, const Weight& weight, const Weight& bias, float* y,
+                          bool accumulate = false) {
+    backend_->MatMul({x, weight.view, static_cast<const float*>(bias.view.data), y, rows, accumulate});
+  };
+
+  backend_->GatherRows({weights_.embedding.view, batch.tokens, hidden});
+  for (int l = 0; l < c.layers; ++l) {
+    const LlamaLayerWeights& w = weights_.layers[static_cast<size_t>(l)];
+    a.sequences.clear();
+    for (const BatchEntry& e : batch.entries) {
+      a.sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
+    }
+    norm(hidden, w.attention_norm, normed, rows);
+    linear(normed, w.query, w.query_bias, query);
+    linear(normed, w.key, w.key_bias, key);
+    linear(normed, w.value, w.value_bias, value);
+    backend_->Rope({query, batch.positions, inverse_frequency, c.heads, c.head_dim});
+    backend_->Rope({key, batch.positions, inverse_frequency, c.kv_heads, c.head_dim});
+    backend_->StoreKv({key, value, a.sequences, kv_cache.pool(), c.kv_heads});
+    backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
+    linear(attended, w.output, w.output_bias, hidden, /*accumulate=*/true);
+
+    norm(hidden, w.mlp_norm, normed, rows);
+    linear(normed, w.gate, w.gate_bias, gate);
+    linear(normed, w.up, w.up_bias, up);
+    backend_->SwiGlu({gate, up, gate, rows, c.intermediate_size});
+    linear(gate, w.down, w.down_bias, hidden, /*accumulate=*/true);
+  }
+
+  const int64_t wanted = static_cast<int64_t>(batch.logit_rows.size());
+  const size_t logits = static_cast<size_t>(wanted * c.vocab_size);
+  if (wanted > 0) {
+    float* const last = a.last.as<float>();
+    backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
+    norm(last, weights_.final_norm, last, wanted);
+    backend_->MatMul({last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
+    backend_->CopyToHost(a.host_logits.data(), a.logits.data(), logits * sizeof(float));
+  }
+  if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
+  return std::span<const float>(a.host_logits.data(), logits);
+}
+
+}  // namespace atp

@@ -1,0 +1,453 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+
+#include "absl/base/macros.h"
+#include "absl/strings/str_cat.h"
+
+namespace atp {
+
+Scheduler::Scheduler(const SchedulerOptions& options)
+    : options_(options),
+      // A decode step takes a row and a row of logits, so with no more sequences than these every one of them
+      // has both.
+      max_running_(std::max(
+          1, std::min({options.max_running_sequences, options.max_batch_tokens, options.max_logit_rows}))),
+      allocator_(options.num_blocks),
+      cache_(options.block_tokens,
+             options.num_blocks / (static_cast<int64_t>(options.layers) * options.kv_heads)) {
+  running_.reserve(max_running_ + 1);
+}
+
+int Scheduler::MaxNewTokens(int prompt_tokens, int max_tokens) const {
+  return std::min(max_tokens, options_.max_positions - prompt_tokens);
+}
+
+absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens) const {
+  // A prompt that is only scored needs no position behind it.
+  if (prompt_tokens > options_.max_positions - (max_tokens > 0 ? 1 : 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the prompt has ", prompt_tokens, " tokens, but the model has ", options_.max_positions,
+                     " positions: a prompt can have at most ", options_.max_positions - 1, " tokens"));
+  }
+  const int new_tokens = MaxNewTokens(prompt_tokens, max_tokens);
+  const int64_t needed = static_cast<int64_t>(Groups(prompt_tokens + new_tokens)) * group_blocks();
+  if (needed > options_.num_blocks) {
+    const int64_t capacity = options_.num_blocks / group_blocks() * options_.block_tokens;
+    return absl::InvalidArgumentError(
+        absl::StrCat("a prompt of ", prompt_tokens, " tokens and ", new_tokens, " new tokens need ", needed,
+                     " KV blocks, but the whole cache has ", options_.num_blocks, " (", capacity,
+                     " tokens): shorten the prompt, lower max_tokens, or raise kv_cache.memory_bytes"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
+  if (sequence->prompt_tokens() == 0) return absl::InvalidArgumentError("the prompt is empty");
+  if (absl::Status fits = CheckFits(sequence->prompt_tokens(), sequence->max_new_tokens()); !fits.ok())
+    return fits;
+  sequence->arrival_ = ++arrivals_;
+  next_deadline_ = std::min(next_deadline_, sequence->request().deadline);
+  const Order order = OrderOf(*sequence);
+  waiting_.emplace(order, std::move(sequence));
+  return absl::OkStatus();
+}
+
+// ---- planning a step ----
+
+const Batch& Scheduler::Schedule(absl::Time now) {
+  batch_.Clear();
+  ExpireDeadlines(now);
+  for (const auto& s : running_) s->planned_rows_ = s->planned_logits_ = 0;
+  tokens_left_ = options_.max_batch_tokens;
+  logits_left_ = options_.max_logit_rows;
+  first_preempted_.reset();
+  PlanDecodes();
+  PlanPrefillsAndAdmissions();
+  BuildBatch();
+  ABSL_ASSERT(empty() || !batch_.empty());
+  return batch_;
+}
+
+void Scheduler::ExpireDeadlines(absl::Time now) {
+  if (now < next_deadline_) return;
+  next_deadline_ = absl::InfiniteFuture();
+  for (size_t i = 0; i < running_.size();) {
+    if (running_[i]->request().deadline <= now) {
+      Finish(running_[i].get(), FinishReason::kDeadline);
+    } else {
+      next_deadline_ = std::min(next_deadline_, running_[i++]->request().deadline);
+    }
+  }
+  for (auto it = waiting_.begin(); it != waiting_.end();) {
+    if (it->second->request().deadline <= now) {
+      MoveToFinished(std::move(it->second), FinishReason::kDeadline);
+      it = waiting_.erase(it);
+    } else {
+      next_deadline_ = std::min(next_deadline_, it->second->request().deadline);
+      ++it;
+    }
+  }
+}
+
+// Running streams go first: they take a row each and never stall behind somebody's long prompt.
+void Scheduler::PlanDecodes() {
+  // Planning may preempt, and always preempts at the end of running_, so the index stays right.
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence* s = running_[i].get();
+    if (s->total_tokens() - s->position_ == 1) PlanRows(s);
+  }
+}
+
+// Then, in order of service, prompts that are being computed and sequences that wait.
+void Scheduler::PlanPrefillsAndAdmissions() {
+  size_t next_running = 0;
+  auto next_waiting = waiting_.begin();
+  bool line_stands = false;  // who does not fit holds back those behind: nobody is overtaken for being large
+  while (tokens_left_ > 0 || static_cast<int>(running_.size()) >= max_running_) {
+    while (next_running < running_.size() && running_[next_running]->planned_rows_ > 0) ++next_running;
+    Sequence* r = next_running < running_.size() ? running_[next_running].get() : nullptr;
+    Sequence* w = !line_stands && next_waiting != waiting_.end() ? next_waiting->second.get() : nullptr;
+    if (w != nullptr && (r == nullptr || Sequence::Before(*w, *r))) {
+      const auto position = next_waiting++;
+      if (!WaitsForSibling(*w)) line_stands = !TryAdmit(position);
+    } else if (r != nullptr) {
+      ++next_running;
+      PlanRows(r);
+    } else {
+      return;
+    }
+  }
+}
+
+void Scheduler::BuildBatch() {
+  for (const auto& owned : running_) {
+    Sequence* s = owned.get();
+    if (s->planned_rows_ == 0) continue;
+    BatchEntry entry;
+    entry.sequence = s;
+    entry.table = s->table_.get();
+    entry.first_row = batch_.rows();
+    entry.rows = s->planned_rows_;
+    entry.exact_entries = s->exact_entries_ + s->planned_rows_;
+    entry.first_logit = static_cast<int>(batch_.logit_rows.size());
+    entry.logits = s->planned_logits_;
+    for (int i = 0; i < entry.rows; ++i) {
+      batch_.tokens.push_back(s->token(s->position_ + i));
+      batch_.positions.push_back(s->position_ + i);
+    }
+    for (int i = entry.rows - entry.logits; i < entry.rows; ++i)
+      batch_.logit_rows.push_back(entry.first_row + i);
+    batch_.entries.push_back(entry);
+  }
+}
+
+// ---- running sequences ----
+
+bool Scheduler::PlanRows(Sequence* s) {
+  const int rows = ChunkRows(*s);
+  if (rows <= 0) return true;  // this step has no room for it
+  if (!EnsureBlocks(s, s->exact_entries_ + rows)) return false;
+  // Preempting others can only have given back room, so `rows` still fits.
+  s->planned_rows_ = rows;
+  s->planned_logits_ = WantedLogits(*s, rows);
+  tokens_left_ -= s->planned_rows_;
+  logits_left_ -= s->planned_logits_;
+  return true;
+}
+
+int Scheduler::ChunkRows(const Sequence& s) const {
+  int rows = std::min(
+      {s.total_tokens() - s.position_, tokens_left_, std::max(1, options_.max_prefill_chunk_tokens)});
+  if (s.scores_prompt() && s.scored_tokens_ < s.prompt_tokens()) {
+    // Nothing is generated before the prompt is scored, so every row from scored_tokens_ on wants its logits.
+    const int without_logits = std::max(0, s.scored_tokens_ - s.position_);
+    return std::min(rows, without_logits + logits_left_);
+  }
+  if (logits_left_ == 0 && s.position_ + rows == s.total_tokens()) --rows;
+  return rows;
+}
+
+int Scheduler::WantedLogits(const Sequence& s, int rows) const {
+  const int end = s.position_ + rows;
+  if (s.scores_prompt() && s.scored_tokens_ < s.prompt_tokens()) {
+    return std::max(0, end - std::max(s.position_, s.scored_tokens_));
+  }
+  return end == s.total_tokens() ? 1 : 0;
+}
+
+// Takes blocks until `s` can hold `entries`; preempts from the end of the order while there are none. False
+// when the end of the order was `s` itself.
+bool Scheduler::EnsureBlocks(Sequence* s, int entries) {
+  while (static_cast<int>(s->groups_.size()) < Groups(entries)) {
+    if (AllocateGroup(s)) continue;
+    Sequence* victim = running_.back().get();
+    Preempt(victim);
+    if (victim == s) return false;
+  }
+  return true;
+}
+
+bool Scheduler::AllocateGroup(Sequence* s) {
+  // Evicting is of no use when it cannot give a whole group.
+  if (allocator_.free_blocks() + allocator_.idle_blocks() < group_blocks()) return false;
+  if (!cache_.EvictUntil(allocator_, group_blocks())) return false;
+  std::optional<BlockGroup> group = allocator_.Allocate(group_blocks());
+  if (!group) return false;
+  s->table_->AppendExact(group->ids());
+  s->groups_.push_back(*std::move(group));
+  return true;
+}
+
+void Scheduler::Preempt(Sequence* s) {
+  ++preemptions_;
+  tokens_left_ += s->planned_rows_;
+  logits_left_ += s->planned_logits_;
+  s->planned_rows_ = s->planned_logits_ = 0;
+  ReleaseBlocks(s);
+  s->state_ = SequenceState::kWaiting;
+  const Order order = OrderOf(*s);
+  if (!first_preempted_ || order < *first_preempted_) first_preempted_ = order;
+  waiting_.emplace(order, RemoveRunning(s));
+}
+
+// ---- waiting sequences ----
+
+// The other answers of a request wait until its first one has computed the prompt, and then find it in the
+// cache.
+bool Scheduler::WaitsForSibling(const Sequence& s) const {
+  if (s.index_ == 0 || !options_.prefix_cache || s.scores_prompt()) return false;
+  // What of the prompt can be shared: all but its last token, in full blocks.
+  const int shared = (s.prompt_tokens() - 1) / options_.block_tokens * options_.block_tokens;
+  return std::any_of(running_.begin(), running_.end(),
+                     [&](const auto& r) { return r->id_ == s.id_ && r->position_ < shared; });
+}
+
+bool Scheduler::TryAdmit(Waiting::iterator position) {
+  Sequence* s = position->second.get();
+  // Who has just made room, or comes behind somebody who has, does not take it back.
+  if (first_preempted_ && *first_preempted_ <= OrderOf(*s)) return false;
+  if (!MakeRoom(*s)) return false;
+  const PrefixMatch match = MatchPrefix(*s);
+  const int matched_tokens = match.blocks * options_.block_tokens;
+  s->position_ = s->exact_entries_ = matched_tokens;
+  if (ChunkRows(*s) <= 0) {
+    s->position_ = s->exact_entries_ = 0;
+    return false;
+  }
+  if (!s->was_running_) {
+    s->was_running_ = true;
+    s->cached_tokens_ = std::min(matched_tokens, s->prompt_tokens());
+    prefix_hits_tokens_ += s->cached_tokens_;
+    if (options_.prefix_cache && !s->scores_prompt()) prefix_queries_tokens_ += s->prompt_tokens();
+    s->generated_.reserve(s->max_new_tokens_);
+  }
+  if (s->table_ == nullptr) s->table_ = std::make_unique<BlockTable>(options_.layers, options_.kv_heads);
+  cache_.Acquire(match, &s->groups_);
+  for (const BlockGroup& group : s->groups_) s->table_->AppendExact(group.ids());
+  s->cache_node_ = match.last;
+  s->indexed_blocks_ = match.blocks;
+  s->state_ = SequenceState::kRunning;
+
+  std::unique_ptr<Sequence> owned = std::move(position->second);
+  waiting_.erase(position);
+  const auto place = std::upper_bound(running_.begin(), running_.end(), owned,
+                                      [](const auto& a, const auto& b) { return Sequence::Before(*a, *b); });
+  running_.insert(place, std::move(owned));
+  return PlanRows(s);
+}
+
+// Whether there is a place and there are blocks for all tokens of `s` and the next one, after preempting
+// sequences that come behind it in the order of service, where that helps: of lower classes, or younger ones
+// that overtook it while it waited for its sibling.
+bool Scheduler::MakeRoom(const Sequence& s) {
+  const auto behind = [&s](const Sequence& r) { return Sequence::Before(s, r); };
+  const auto full = [this] { return static_cast<int>(running_.size()) >= max_running_; };
+  if (full() && !behind(*running_.back())) return false;
+  int64_t reclaimable = 0;  // at most: shared groups count more than once
+  for (const auto& r : running_) {
+    if (!behind(*r)) continue;
+    for (const BlockGroup& group : r->groups_) reclaimable += static_cast<int64_t>(group.ids().size());
+    reclaimable += BlocksStillWanted(*r);
+  }
+  if (BlocksShort(s) > reclaimable) return false;
+  while (!running_.empty() && behind(*running_.back()) && (full() || BlocksShort(s) > 0)) {
+    Preempt(running_.back().get());
+  }
+  return !full() && BlocksShort(s) <= 0;
+}
+
+PrefixMatch Scheduler::MatchPrefix(const Sequence& s) const {
+  if (!options_.prefix_cache || s.scores_prompt()) return {};
+  // All but the last token: at least one must be computed, for its logits.
+  if (s.generated_.empty()) return cache_.Match(s.prompt().first(s.prompt_tokens() - 1), CompressionKey());
+  tokens_scratch_.assign(s.prompt().begin(), s.prompt().end());
+  tokens_scratch_.insert(tokens_scratch_.end(), s.generated_.begin(), s.generated_.end() - 1);
+  return cache_.Match(tokens_scratch_, CompressionKey());
+}
+
+// How many blocks are lacking to admit `s`, counting what the running ones will still take for their prompts
+// and one block more each, so that who is admitted is not preempted at once. Positive: too few.
+int64_t Scheduler::BlocksShort(const Sequence& s) const {
+  const PrefixMatch match = MatchPrefix(s);
+  const int entries = std::min(s.total_tokens() + 1, s.max_total_tokens());
+  int64_t needed = static_cast<int64_t>(Groups(entries) - match.blocks) * group_blocks();
+  for (const auto& r : running_) needed += BlocksStillWanted(*r);
+  return needed - (allocator_.free_blocks() + allocator_.idle_blocks() - match.idle_blocks);
+}
+
+int64_t Scheduler::BlocksStillWanted(const Sequence& running) const {
+  const int tokens = std::min(running.total_tokens() + options_.block_tokens, running.max_total_tokens());
+  const int entries = tokens - (running.position_ - running.exact_entries_);
+  return std::max<int64_t>(0, Groups(entries) - static_cast<int64_t>(running.groups_.size())) *
+         group_blocks();
+}
+
+// ---- after a step ----
+
+void Scheduler::Commit(const Batch& batch, std::span<const TokenId> tokens) {
+  ABSL_ASSERT(tokens.size() == batch.entries.size());
+  for (size_t i = 0; i < batch.entries.size(); ++i) {
+    Sequence* s = batch.entries[i].sequence;
+    s->position_ += batch.entries[i].rows;
+    s->exact_entries_ += batch.entries[i].rows;
+    s->planned_rows_ = s->planned_logits_ = 0;
+    if (s->scores_prompt()) {
+      s->scored_tokens_ = std::max(s->scored_tokens_, std::min(s->position_, s->prompt_tokens()));
+    }
+    if (options_.prefix_cache) IndexFullBlocks(s);
+    if (s->position_ == s->total_tokens()) s->generated_.push_back(tokens[i]);
+  }
+}
+
+void Scheduler::IndexFullBlocks(Sequence* s) {
+  const int full = s->position_ / options_.block_tokens;
+  bool replaced = false;
+  while (s->indexed_blocks_ < full) {
+    const int first = s->indexed_blocks_ * options_.block_tokens;
+    tokens_scratch_.clear();
+    for (int i = 0; i < options_.block_tokens; ++i) tokens_scratch_.push_back(s->token(first + i));
+    BlockGroup& group = s->groups_[s->indexed_blocks_++];
+    const BlockId before = group.ids().front();
+    s->cache_node_ = cache_.Insert(s->cache_node_, tokens_scratch_, CompressionKey(), &group);
+    replaced |= group.ids().front() != before;
+  }
+  if (!replaced) return;
+  s->table_->Clear();
+  for (const BlockGroup& group : s->groups_) s->table_->AppendExact(group.ids());
+}
+
+// ---- endings ----
+
+void Scheduler::ReleaseBlocks(Sequence* s) {
+  s->groups_.clear();
+  if (s->table_ != nullptr) s->table_->Clear();
+  s->position_ = s->exact_entries_ = 0;
+  s->cache_node_ = PrefixNode();
+  s->indexed_blocks_ = 0;
+}
+
+std::unique_ptr<Sequence> Scheduler::RemoveRunning(Sequence* s) {
+  const auto it = std::find_if(running_.begin(), running_.end(), [s](const auto& r) { return r.get() == s; });
+  ABSL_ASSERT(it != running_.end());
+  std::unique_ptr<Sequence> owned = std::move(*it);
+  running_.erase(it);
+  return owned;
+}
+
+void Scheduler::MoveToFinished(std::unique_ptr<Sequence> s, FinishReason reason) {
+  ReleaseBlocks(s.get());
+  s->state_ = SequenceState::kFinished;
+  s->finish_reason_ = reason;
+  finished_.push_back(std::move(s));
+}
+
+void Scheduler::Finish(Sequence* sequence, FinishReason reason) {
+  if (sequence->state_ == SequenceState::kFinished) return;
+  if (sequence->state_ == SequenceState::kRunning) {
+    MoveToFinished(RemoveRunning(sequence), reason);
+    return;
+  }
+  const auto it = waiting_.find(OrderOf(*sequence));
+  ABSL_ASSERT(it != waiting_.end() && it->second.get() == sequence);
+  MoveToFinished(std::move(it->second), reason);
+  waiting_.erase(it);
+}
+
+void Scheduler::Cancel(RequestId id) {
+  for (size_t i = running_.size(); i-- > 0;) {
+    if (running_[i]->id_ == id) Finish(running_[i].get(), FinishReason::kCancelled);
+  }
+  for (auto it = waiting_.begin(); it != waiting_.end();) {
+    const auto position = it++;
+    if (position->second->id_ == id) Finish(position->second.get(), FinishReason::kCancelled);
+  }
+}
+
+void Scheduler::FinishRunning(FinishReason reason) {
+  while (!running_.empty()) Finish(running_.back().get(), reason);
+}
+
+void Scheduler::FinishAll(FinishReason reason) {
+  FinishRunning(reason);
+  while (!waiting_.empty()) Finish(waiting_.begin()->second.get(), reason);
+}
+
+void Scheduler::DropPrefixCache() {
+  ABSL_ASSERT(running_.empty());
+  cache_.Clear();
+}
+
+std::vector<std::unique_ptr<Sequence>> Scheduler::TakeFinished() { return std::exchange(finished_, {}); }
+
+// ---- looking ----
+
+SchedulerStats Scheduler::stats() const {
+  SchedulerStats stats;
+  stats.running = static_cast<int>(running_.size());
+  stats.waiting = static_cast<int>(waiting_.size());
+  stats.blocks_total = allocator_.total_blocks();
+  stats.blocks_cached = allocator_.idle_blocks();
+  stats.blocks_used = allocator_.total_blocks() - allocator_.free_blocks() - allocator_.idle_blocks();
+  stats.preemptions = preemptions_;
+  stats.prefix_queries_tokens = prefix_queries_tokens_;
+  stats.prefix_hits_tokens = prefix_hits_tokens_;
+  return stats;
+}
+
+absl::Status Scheduler::CheckInvariants() const {
+  std::vector<const BlockGroup*> handles;
+  cache_.AppendHandles(&handles);
+  const auto fail = [](const Sequence& s, const char* what) {
+    return absl::InternalError(absl::StrCat("sequence ", s.id(), "/", s.index(), ": ", what));
+  };
+  for (size_t i = 0; i < running_.size(); ++i) {
+    const Sequence& s = *running_[i];
+    if (s.state_ != SequenceState::kRunning) return fail(s, "runs in another state");
+    if (i > 0 && !Sequence::Before(*running_[i - 1], s)) return fail(s, "is out of order");
+    if (s.position_ > s.total_tokens()) return fail(s, "has computed more than its tokens");
+    if (static_cast<int>(s.groups_.size()) < Groups(s.exact_entries_)) return fail(s, "has too few blocks");
+    if (s.table_->exact_blocks() != static_cast<int>(s.groups_.size()))
+      return fail(s, "table and groups disagree");
+    for (size_t g = 0; g < s.groups_.size(); ++g) {
+      handles.push_back(&s.groups_[g]);
+      for (int head = 0; head < group_blocks(); ++head) {
+        const KvHeadBlocks& blocks = s.table_->Layer(head / options_.kv_heads)[head % options_.kv_heads];
+        if (blocks.exact[g] != s.groups_[g].ids()[head])
+          return fail(s, "table has another block than the group");
+      }
+    }
+  }
+  if (static_cast<int>(running_.size()) > max_running_) return absl::InternalError("too many run");
+  for (const auto& [order, s] : waiting_) {
+    if (s->state_ != SequenceState::kWaiting) return fail(*s, "waits in another state");
+    if (!s->groups_.empty()) return fail(*s, "waits and holds blocks");
+  }
+  for (const auto& s : finished_) {
+    if (!s->groups_.empty()) return fail(*s, "has finished and holds blocks");
+  }
+  if (absl::Status status = cache_.Check(); !status.ok()) return status;
+  return allocator_.Check(handles);
+}
+
+}  // namespace atp

@@ -1,0 +1,213 @@
+// How each op is cut into parts for the thread pool. Where the cuts are affects speed only, never a result.
+#include "kernels/cpu/cpu_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/cores.h"
+#include "kernels/cpu/ops.h"
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/host_memory.h"
+
+namespace atp::cpu {
+namespace {
+
+// An op on fewer elements than this is over before a second thread could help.
+constexpr int64_t kElementsPerPart = 8192;
+// Parts per thread of a matrix product: finer parts even out cores that others disturb.
+constexpr int64_t kPartsPerThread = 4;
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch of one thread: grows to the largest op seen (the first steps), then stays.
+class Scratch {
+ public:
+  float* Reserve(size_t floats) {
+    if (floats > size_) {
+      memory_.reset(static_cast<float*>(::operator new (floats * sizeof(float), std::align_val_t{64})));
+      size_ = floats;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { ::operator delete (memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  size_t size_ = 0;
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const Isa& isa, int threads)
+      : isa_(isa),
+        pool_(threads),
+        scratch_(threads),
+        matmul_(MatMulFor(isa.target)),
+        rms_norm_(RmsNormFor(isa.target)),
+        gather_rows_(GatherRowsFor(isa.target)),
+        swiglu_(SwiGluFor(isa.target)),
+        rope_(RopeFor(isa.target)),
+        store_kv_(StoreKvFor(isa.target)),
+        attention_(AttentionFor(isa.target)) {
+    for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulPanelFloats);
+  }
+
+  std::string Description() const override {
+    return absl::StrCat("cpu: ", isa_.name, ", ", pool_.threads(),
+                        pool_.threads() == 1 ? " thread" : " threads");
+  }
+
+  bool Supports(const OpDesc& desc) const override {
+    return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
+           desc.block_entries % 16 == 0;
+  }
+
+  absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return LoadHostWeight(host); }
+  void CopyToDevice(void* device, const void* host, size_t bytes) override {
+    CopyHostMemory(device, host, bytes);
+  }
+  void CopyToHost(void* host, const void* device, size_t bytes) override {
+    CopyHostMemory(host, device, bytes);
+  }
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+
+  void GatherRows(const GatherRowsArgs& args) override {
+    const int64_t rows = static_cast<int64_t>(args.indices.size());
+    ForRows(rows, args.table.cols, [&](int64_t begin, int64_t end) { gather_rows_(args, begin, end); });
+  }
+
+  void MatMul(const MatMulArgs& args) override {
+    const int64_t outs = args.weight.rows;
+    const int64_t row_blocks = CeilDiv(args.rows, kMatMulRowsPerPart);
+    const int64_t work = std::max<int64_t>(1, args.rows * outs * args.weight.cols);
+    // A part is worth at least ~64K multiply-adds (a few microseconds) and is whole tiles wide.
+    const int64_t wanted = std::clamp<int64_t>(work / 65536, 1, pool_.threads() * kPartsPerThread);
+    const int64_t columns = std::max<int64_t>(1, wanted / std::max<int64_t>(1, row_blocks));
+    const int64_t width = CeilDiv(CeilDiv(outs, columns), kMatMulOutsPerTile) * kMatMulOutsPerTile;
+    const int64_t out_blocks = CeilDiv(outs, width);
+    pool_.ParallelFor(row_blocks * out_blocks, [&](int64_t index, int thread) {
+      const int64_t row = index / out_blocks * kMatMulRowsPerPart;
+      const int64_t out = index % out_blocks * width;
+      const MatMulPart part{row, std::min(row + kMatMulRowsPerPart, args.rows), out,
+                            std::min(out + width, outs)};
+      matmul_(args, part, scratch_[thread].Reserve(kMatMulPanelFloats));
+    });
+  }
+
+  void RmsNorm(const RmsNormArgs& args) override {
+    ForRows(args.rows, args.dim, [&](int64_t begin, int64_t end) { rms_norm_(args, begin, end); });
+  }
+
+  void Rope(const RopeArgs& args) override {
+    PrepareAngles(args);
+    const int64_t rows = static_cast<int64_t>(args.positions.size());
+    ForRows(rows, static_cast<int64_t>(args.heads) * args.head_dim,
+            [&](int64_t begin, int64_t end) { rope_(args, angles_.data(), begin, end); });
+  }
+
+  void SwiGlu(const SwiGluArgs& args) override {
+    ForRows(args.rows * args.dim, 1, [&](int64_t begin, int64_t end) { swiglu_(args, begin, end); });
+  }
+
+  void StoreKv(const StoreKvArgs& args) override {
+    int64_t elements = 0;
+    for (const KvSequence& sequence : args.sequences) elements += sequence.rows;
+    elements *= static_cast<int64_t>(args.kv_heads) * args.pool.exact->head_dim();
+    const int64_t pairs = static_cast<int64_t>(args.sequences.size()) * args.kv_heads;
+    const auto store = [&](int64_t pair) {
+      store_kv_(args, args.sequences[pair / args.kv_heads], static_cast<int>(pair % args.kv_heads));
+    };
+    if (elements < 2 * kElementsPerPart) {
+      for (int64_t pair = 0; pair < pairs; ++pair) store(pair);
+    } else {
+      pool_.ParallelFor(pairs, [&](int64_t pair, int) { store(pair); });
+    }
+  }
+
+  void Attention(const AttentionArgs& args) override {
+    const int group = args.heads / args.kv_heads;
+    const int rows_per_part = AttentionRowsPerPart(group);
+    const size_t scratch_floats = AttentionScratchFloats(group, args.pool.exact->head_dim());
+    attention_parts_.clear();
+    for (const KvSequence& sequence : args.sequences) {
+      for (int row = 0; row < sequence.rows; row += rows_per_part) {
+        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
+        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
+          attention_parts_.push_back({&sequence, kv_head, row, row_end});
+        }
+      }
+    }
+    // Long parts first: later rows of a sequence see more entries.
+    std::reverse(attention_parts_.begin(), attention_parts_.end());
+    pool_.ParallelFor(static_cast<int64_t>(attention_parts_.size()), [&](int64_t index, int thread) {
+      attention_(args, attention_parts_[index], scratch_[thread].Reserve(scratch_floats));
+    });
+  }
+
+ private:
+  // body(begin, end) over [0, rows) in parts of about kElementsPerPart elements.
+  template <class Body>
+  void ForRows(int64_t rows, int64_t elements_per_row, const Body& body) {
+    const int64_t rows_per_part =
+        std::max<int64_t>(1, kElementsPerPart / std::max<int64_t>(1, elements_per_row));
+    pool_.ParallelFor(CeilDiv(rows, rows_per_part), [&](int64_t part, int) {
+      body(part * rows_per_part, std::min(rows, (part + 1) * rows_per_part));
+    });
+  }
+
+  // Every layer rotates queries and keys of the same rows: the angles of a step are computed once.
+  void PrepareAngles(const RopeArgs& args) {
+    const size_t half = static_cast<size_t>(args.head_dim / 2);
+    const std::span<const float> frequencies(args.inverse_frequency, half);
+    if (std::equal(args.positions.begin(), args.positions.end(), angle_positions_.begin(),
+                   angle_positions_.end()) &&
+        std::equal(frequencies.begin(), frequencies.end(), angle_frequencies_.begin(),
+                   angle_frequencies_.end())) {
+      return;
+    }
+    angle_positions_.assign(args.positions.begin(), args.positions.end());
+    angle_frequencies_.assign(frequencies.begin(), frequencies.end());
+    angles_.resize(angle_positions_.size() * 2 * half);
+    ForRows(static_cast<int64_t>(angle_positions_.size()), args.head_dim * 8,
+            [&](int64_t begin, int64_t end) {
+              for (int64_t row = begin; row < end; ++row) {
+                float* cosine = angles_.data() + row * 2 * half;
+                for (size_t i = 0; i < half; ++i) {
+                  const double angle = static_cast<double>(angle_positions_[row]) * angle_frequencies_[i];
+                  cosine[i] = static_cast<float>(std::cos(angle));
+                  cosine[half + i] = static_cast<float>(std::sin(angle));
+                }
+              }
+            });
+  }
+
+  Isa isa_;
+  ThreadPool pool_;
+  std::vector<Scratch> scratch_;  // [threads]
+  const MatMulFn matmul_;
+  const RmsNormFn rms_norm_;
+  const GatherRowsFn gather_rows_;
+  const SwiGluFn swiglu_;
+  const RopeFn rope_;
+  const StoreKvFn store_kv_;
+  const AttentionFn attention_;
+  // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
+  std::vector<AttentionPart> attention_parts_;
+  std::vector<int32_t> angle_positions_;
+  std::vector<float> angle_frequencies_;
+  std::vector<float> angles_;  // [rows, 2, head_dim / 2]
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCpuBackend(const Isa& isa, int threads) {
+  return std::make_unique<CpuBackend>(isa, threads > 0 ? threads : GrantedCores());
+}
+
+}  // namespace atp::cpu

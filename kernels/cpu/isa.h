@@ -1,0 +1,23 @@
+// The instruction sets that the cpu backend was compiled for. A backend picks one when it is made and holds
+// the functions of that one: no global switch, so that backends with different instruction sets live side by
+// side (tests).
+#ifndef ATP_KERNELS_CPU_ISA_H_
+#define ATP_KERNELS_CPU_ISA_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace atp::cpu {
+
+struct Isa {
+  std::string name;    // "avx512", "avx2", "sse4", "neon", "scalar"
+  int64_t target = 0;  // Highway's bit for it
+};
+
+// Those that this binary carries and this machine can run, best first; never empty.
+std::vector<Isa> AvailableIsas();
+
+}  // namespace atp::cpu
+
+#endif  // ATP_KERNELS_CPU_ISA_H_

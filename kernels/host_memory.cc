@@ -1,0 +1,42 @@
+#include "kernels/host_memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace atp {
+
+absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes) {
+  const size_t mapped_bytes = std::max<size_t>(bytes, 1);  // a mapping of no bytes is an error
+  void* data = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate ", bytes, " bytes of host memory: ", std::strerror(errno)));
+  }
+  return Buffer(data, bytes, [mapped_bytes](void* memory) { munmap(memory, mapped_bytes); });
+}
+
+absl::StatusOr<Weight> LoadHostWeight(const TensorView& host) {
+  Weight weight;
+  weight.view = host;
+  if (reinterpret_cast<uintptr_t>(host.data) % SizeOf(host.dtype) == 0) return weight;
+  absl::StatusOr<Buffer> copy = AllocateHostMemory(host.bytes());
+  if (!copy.ok()) return copy.status();
+  CopyHostMemory(copy->data(), host.data, host.bytes());
+  weight.memory = *std::move(copy);
+  weight.view.data = weight.memory.data();
+  return weight;
+}
+
+void CopyHostMemory(void* to, const void* from, size_t bytes) {
+  if (bytes != 0) std::memcpy(to, from, bytes);
+}
+
+}  // namespace atp

@@ -1,0 +1,27 @@
+// Buffers in the memory of this process: what the reference and cpu backends call device memory.
+#ifndef ATP_KERNELS_HOST_MEMORY_H_
+#define ATP_KERNELS_HOST_MEMORY_H_
+
+#include <cstddef>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/buffer.h"
+#include "kernels/tensor_view.h"
+
+namespace atp {
+
+// Zeroed, page-aligned (hence 64-byte aligned) anonymous memory; pages that nobody touches cost nothing.
+// ResourceExhausted, naming the bytes, when the system refuses.
+absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes);
+
+// A view of `host` as it is, or an aligned copy where its address is not a multiple of its element size
+// (offsets in a safetensors file need not be).
+absl::StatusOr<Weight> LoadHostWeight(const TensorView& host);
+
+// memcpy, where no bytes may come from and go to nowhere (null).
+void CopyHostMemory(void* to, const void* from, size_t bytes);
+
+}  // namespace atp
+
+#endif  // ATP_KERNELS_HOST_MEMORY_H_

@@ -1,0 +1,271 @@
+#include "server/chat_template.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace atp {
+namespace {
+
+// Collects a prompt: control tokens by name, and text between them. Neighbouring text is encoded as one, so
+// that tokens form across the seam of template and message as they did in training; and never with control
+// tokens parsed.
+class Prompt {
+ public:
+  explicit Prompt(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+
+  void Bos() {
+    if (tokenizer_.special().bos) AddId(*tokenizer_.special().bos);
+  }
+  // The end of an answer in formats that use the tokenizer's own end-of-sequence token.
+  void Eos(const char* otherwise) {
+    if (const auto id = tokenizer_.IdOf(otherwise)) {
+      AddId(*id);
+    } else if (!tokenizer_.special().eos.empty()) {
+      AddId(tokenizer_.special().eos[0]);
+    }
+  }
+  bool Has(const char* token) const { return tokenizer_.IdOf(token).has_value(); }
+  // A vocabulary without the token gets its text.
+  void Control(const char* token) {
+    if (const auto id = tokenizer_.IdOf(token)) {
+      AddId(*id);
+    } else {
+      text_ += token;
+    }
+  }
+  void Text(std::string_view text) { text_ += text; }
+
+  std::vector<TokenId> Take() {
+    FlushText();
+    return std::move(ids_);
+  }
+
+ private:
+  void AddId(TokenId id) {
+    FlushText();
+    ids_.push_back(id);
+  }
+  void FlushText() {
+    if (text_.empty()) return;
+    const std::vector<TokenId> ids = tokenizer_.Encode(text_, /*add_special=*/false, /*parse_special=*/false);
+    ids_.insert(ids_.end(), ids.begin(), ids.end());
+    text_.clear();
+  }
+
+  const Tokenizer& tokenizer_;
+  std::string text_;
+  std::vector<TokenId> ids_;
+};
+
+std::string Trim(const std::string& text) {
+  const char* space = " \t\r\n\f\v";
+  const size_t begin = text.find_first_not_of(space);
+  if (begin == std::string::npos) return "";
+  return text.substr(begin, text.find_last_not_of(space) - begin + 1);
+}
+
+bool IsSystem(const ChatMessage& message) { return message.role == "system" || message.role == "developer"; }
+const char* Role(const ChatMessage& message) { return IsSystem(message) ? "system" : message.role.c_str(); }
+
+absl::Status CheckRoles(const std::vector<ChatMessage>& messages) {
+  if (messages.empty())
+    return absl::InvalidArgumentError("messages is empty; at least one message is needed");
+  for (size_t i = 0; i < messages.size(); ++i) {
+    if (IsSystem(messages[i]) || messages[i].role == "user" || messages[i].role == "assistant") continue;
+    return absl::InvalidArgumentError(absl::StrCat("messages[", i, "].role is '", messages[i].role,
+                                                   "'; it must be system, developer, user or assistant"));
+  }
+  return absl::OkStatus();
+}
+
+// llama-2 and mistral: an optional system message, then user and assistant in turn.
+absl::Status CheckTurns(const std::vector<ChatMessage>& messages, const char* format,
+                        bool add_generation_prompt) {
+  const size_t first = IsSystem(messages[0]) ? 1 : 0;
+  for (size_t i = first; i < messages.size(); ++i) {
+    const char* expected = (i - first) % 2 == 0 ? "user" : "assistant";
+    if (messages[i].role == expected) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "messages[", i, "].role is '", messages[i].role, "', but the ", format, " chat template needs '",
+        expected, "' there: an optional system message, then user and assistant in turn"));
+  }
+  if (first == messages.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("messages[0] is a system message alone; the ", format,
+                                                   " chat template needs a user message after it"));
+  }
+  if (add_generation_prompt && messages.back().role != "user") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("messages[", messages.size() - 1, "].role is 'assistant'; the ", format,
+                     " chat template answers a user message, which must come last"));
+  }
+  return absl::OkStatus();
+}
+
+// Touvron et al., "Llama 2" (arXiv 2307.09288), as in Meta's reference chat_completion().
+void RenderLlama2(const std::vector<ChatMessage>& messages, Prompt* prompt) {
+  const size_t first = IsSystem(messages[0]) ? 1 : 0;
+  for (size_t i = first; i < messages.size(); ++i) {
+    if (messages[i].role == "user") {
+      std::string content = messages[i].content;
+      if (i == 1 && first == 1)
+        content = absl::StrCat("<<SYS>>\n", messages[0].content, "\n<</SYS>>\n\n", content);
+      prompt->Bos();
+      prompt->Text(absl::StrCat("[INST] ", Trim(content), " [/INST]"));
+    } else {
+      prompt->Text(absl::StrCat(" ", Trim(messages[i].content), " "));
+      prompt->Eos("</s>");
+    }
+  }
+}
+
+// BOS once, then [INST] user [/INST] answer EOS. Vocabularies from v2 on have [INST] as a control token and
+// then no spaces around it. The system message stands before the first user message.
+void RenderMistral(const std::vector<ChatMessage>& messages, Prompt* prompt) {
+  const size_t first = IsSystem(messages[0]) ? 1 : 0;
+  const char* space = prompt->Has("[INST]") ? "" : " ";
+  prompt->Bos();
+  for (size_t i = first; i < messages.size(); ++i) {
+    if (messages[i].role == "user") {
+      prompt->Control("[INST]");
+      prompt->Text(space);
+      if (i == 1 && first == 1) prompt->Text(absl::StrCat(messages[0].content, "\n\n"));
+      prompt->Text(absl::StrCat(messages[i].content, space));
+      prompt->Control("[/INST]");
+    } else {
+      prompt->Text(absl::StrCat(space, messages[i].content));
+      prompt->Eos("</s>");
+    }
+  }
+}
+
+void Llama3Header(const char* role, Prompt* prompt) {
+  prompt->Control("<|start_header_id|>");
+  prompt->Text(role);
+  prompt->Control("<|end_header_id|>");
+  prompt->Text("\n\n");
+}
+
+void RenderLlama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt, Prompt* prompt) {
+  prompt->Bos();
+  for (const ChatMessage& message : messages) {
+    Llama3Header(Role(message), prompt);
+    prompt->Text(Trim(message.content));
+    prompt->Control("<|eot_id|>");
+  }
+  if (add_generation_prompt) Llama3Header("assistant", prompt);
+}
+
+void RenderChatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
+                  Prompt* prompt) {
+  if (bos) prompt->Bos();
+  for (const ChatMessage& message : messages) {
+    prompt->Control("<|im_start|>");
+    prompt->Text(absl::StrCat(Role(message), "\n", message.content));
+    prompt->Control("<|im_end|>");
+    prompt->Text("\n");
+  }
+  if (add_generation_prompt) {
+    prompt->Control("<|im_start|>");
+    prompt->Text("assistant\n");
+  }
+}
+
+// For base models: a dialogue as a page of text has it.
+void RenderPlain(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
+                 Prompt* prompt) {
+  if (bos) prompt->Bos();
+  for (const ChatMessage& message : messages) {
+    std::string speaker = message.name;
+    if (speaker.empty())
+      speaker = IsSystem(message) ? "System" : message.role == "user" ? "User" : "Assistant";
+    prompt->Text(absl::StrCat(speaker, ": ", message.content, "\n"));
+  }
+  if (add_generation_prompt) prompt->Text("Assistant:");
+}
+
+}  // namespace
+
+const char* ChatTemplate::name() const {
+  switch (format_) {
+    case Format::kLlama2:
+      return "llama-2";
+    case Format::kLlama3:
+      return "llama-3";
+    case Format::kChatml:
+      return "chatml";
+    case Format::kMistral:
+      return "mistral";
+    case Format::kPlain:
+      break;
+  }
+  return "plain";
+}
+
+absl::StatusOr<ChatTemplate> ChatTemplate::Create(std::string_view name) {
+  for (Format format :
+       {Format::kLlama2, Format::kLlama3, Format::kChatml, Format::kMistral, Format::kPlain}) {
+    if (ChatTemplate(format).name() == name) return ChatTemplate(format);
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("chat template '", std::string(name),
+                   "' is unknown; there are llama-2, llama-3, chatml, mistral and plain"));
+}
+
+ChatTemplate ChatTemplate::Detect(std::string_view jinja) {
+  const auto has = [&](std::string_view marker) { return jinja.find(marker) != std::string_view::npos; };
+  if (has("<|start_header_id|>")) return ChatTemplate(Format::kLlama3);
+  if (has("<|im_start|>")) return ChatTemplate(Format::kChatml);
+  if (has("[INST]")) return ChatTemplate(has("<<SYS>>") ? Format::kLlama2 : Format::kMistral);
+  return ChatTemplate(Format::kPlain);
+}
+
+absl::StatusOr<std::vector<TokenId>> ChatTemplate::Render(const std::vector<ChatMessage>& messages,
+                                                          const Tokenizer& tokenizer,
+                                                          bool add_generation_prompt) const {
+  if (absl::Status s = CheckRoles(messages); !s.ok()) return s;
+  if (format_ == Format::kLlama2 || format_ == Format::kMistral) {
+    if (absl::Status s = CheckTurns(messages, name(), add_generation_prompt); !s.ok()) return s;
+  }
+  Prompt prompt(tokenizer);
+  switch (format_) {
+    case Format::kLlama2:
+      RenderLlama2(messages, &prompt);
+      break;
+    case Format::kLlama3:
+      RenderLlama3(messages, add_generation_prompt, &prompt);
+      break;
+    case Format::kChatml:
+      RenderChatml(messages, add_generation_prompt, tokenizer.adds_bos(), &prompt);
+      break;
+    case Format::kMistral:
+      RenderMistral(messages, &prompt);
+      break;
+    case Format::kPlain:
+      RenderPlain(messages, add_generation_prompt, tokenizer.adds_bos(), &prompt);
+      break;
+  }
+  return prompt.Take();
+}
+
+std::vector<std::string> ChatTemplate::StopStrings() const {
+  if (format_ == Format::kPlain) return {"\nUser:", "\nSystem:"};
+  return {};
+}
+
+std::vector<std::string> ChatTemplate::StopTokens() const {
+  switch (format_) {
+    case Format::kLlama3:
+      return {"<|eot_id|>", "<|end_of_text|>"};
+    case Format::kChatml:
+      return {"<|im_end|>"};
+    case Format::kLlama2:
+    case Format::kMistral:
+      return {"</s>"};
+    case Format::kPlain:
+      break;
+  }
+  return {};
+}
+
+}  // namespace atp

@@ -1,0 +1,209 @@
+#include "server/generate_service.h"
+
+#include <openssl/crypto.h>
+#include <openssl/rand.h>
+#include <openssl/sha.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "engine/sampler.h"
+
+namespace atp {
+namespace {
+
+absl::string_view ToAbsl(std::string_view text) { return {text.data(), text.size()}; }
+
+absl::Status CheckIds(const std::vector<TokenId>& ids, int vocab_size, std::string_view field) {
+  for (size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] < 0 || ids[i] >= vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat(ToAbsl(field), ": token id ", ids[i], " at position ", i,
+                                                     " is outside [0, ", vocab_size, ")"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckLimits(const SamplingParams& sampling, const LimitsConfig& limits) {
+  if (sampling.n < 1 || sampling.n > limits.max_n) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("n: must be in [1, ", limits.max_n, "], got ", sampling.n, " (limits.max_n)"));
+  }
+  if (sampling.logprobs && (*sampling.logprobs < 0 || *sampling.logprobs > limits.max_logprobs)) {
+    return absl::InvalidArgumentError(absl::StrCat("logprobs: must be in [0, ", limits.max_logprobs,
+                                                   "], got ", *sampling.logprobs, " (limits.max_logprobs)"));
+  }
+  const size_t max_stops = static_cast<size_t>(std::max(0, limits.max_stop_strings));
+  if (sampling.stop.size() > max_stops) {
+    return absl::InvalidArgumentError(absl::StrCat("stop: at most ", max_stops, " stop strings, got ",
+                                                   sampling.stop.size(), " (limits.max_stop_strings)"));
+  }
+  return absl::OkStatus();
+}
+
+// The form that generate_service.h promises: the field and a colon first, whoever found the fault.
+absl::Status WithField(const absl::Status& status, std::string_view field) {
+  const absl::string_view message = status.message();
+  const size_t word_end = message.find_first_of(" :");
+  if (status.code() != absl::StatusCode::kInvalidArgument) return status;
+  if (word_end != absl::string_view::npos && message[word_end] == ':') return status;
+  return absl::InvalidArgumentError(absl::StrCat(ToAbsl(field), ": ", message));
+}
+
+// The sampler's messages begin with the field's name, but have no colon.
+absl::Status CheckSampling(const SamplingParams& sampling, int vocab_size) {
+  const absl::Status status = ValidateSampling(sampling, vocab_size);
+  const std::string message(status.message());
+  return WithField(status, message.substr(0, message.find(' ')));
+}
+
+using Digest = std::array<unsigned char, SHA256_DIGEST_LENGTH>;
+
+// Digests have one length, so that the comparison below tells nothing about the length of a key either.
+Digest Sha256(std::string_view text) {
+  Digest digest;
+  SHA256(reinterpret_cast<const unsigned char*>(text.data()), text.size(), digest.data());
+  return digest;
+}
+
+}  // namespace
+
+GenerateService::GenerateService(Engine* engine, const Tokenizer* tokenizer, ChatTemplate chat_template,
+                                 ServedModel model, const Config& config)
+    : engine_(engine),
+      tokenizer_(tokenizer),
+      chat_template_(std::move(chat_template)),
+      model_(std::move(model)),
+      config_(config) {}
+
+absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::shared_ptr<OutputSink> sink) {
+  if (!input.model.empty() && input.model != model_.id) {
+    return absl::NotFoundError(
+        absl::StrCat("model: '", input.model, "' is not served here; this server serves '", model_.id, "'"));
+  }
+  if (absl::Status s = CheckLimits(input.sampling, config_.limits); !s.ok()) return s;
+
+  Request request;
+  request.sampling = std::move(input.sampling);
+  const bool is_chat = std::holds_alternative<std::vector<ChatMessage>>(input.prompt);
+  absl::StatusOr<std::vector<TokenId>> prompt = EncodePrompt(input.prompt);
+  if (!prompt.ok()) return prompt.status();
+  request.prompt = *std::move(prompt);
+  const int prompt_tokens = static_cast<int>(request.prompt.size());
+  if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input.max_tokens_given, &request.sampling);
+      !s.ok()) {
+    return s;
+  }
+  if (is_chat) AddTemplateStops(&request.sampling);  // after the limits, which are for what the client sent
+  if (absl::Status s = CheckSampling(request.sampling, model_.vocab_size); !s.ok()) return s;
+
+  request.external_id = std::move(input.external_id);
+  request.echo_prompt = input.echo;
+  request.priority = input.priority;
+  request.deadline = input.deadline;
+  if (request.deadline == absl::InfiniteFuture() && config_.scheduler.default_timeout_ms > 0) {
+    request.deadline = absl::Now() + absl::Milliseconds(config_.scheduler.default_timeout_ms);
+  }
+  absl::StatusOr<RequestId> id = engine_->Submit(std::move(request), std::move(sink));
+  if (!id.ok()) return WithField(id.status(), is_chat ? "messages" : "prompt");
+  return Submitted{*id, prompt_tokens};
+}
+
+absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptInput& prompt) const {
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) return TokenizeChat(*messages);
+  std::vector<TokenId> ids;
+  if (const auto* text = std::get_if<std::string>(&prompt)) {
+    ids = tokenizer_->Encode(*text, /*add_special=*/true, /*parse_special=*/false);
+  } else {
+    ids = std::get<std::vector<TokenId>>(prompt);
+    if (absl::Status s = CheckIds(ids, model_.vocab_size, "prompt"); !s.ok()) return s;
+  }
+  if (ids.empty()) {
+    if (!tokenizer_->special().bos) {
+      return absl::InvalidArgumentError(
+          "prompt: must not be empty (this model has no beginning-of-sequence token to start from)");
+    }
+    ids.push_back(*tokenizer_->special().bos);
+  }
+  return ids;
+}
+
+void GenerateService::AddTemplateStops(SamplingParams* sampling) const {
+  for (std::string& stop : chat_template_.StopStrings()) sampling->stop.push_back(std::move(stop));
+  for (std::string& token : chat_template_.StopTokens()) {
+    if (std::optional<TokenId> id = tokenizer_->IdOf(token)) {
+      sampling->stop_token_ids.push_back(*id);
+    } else {
+      sampling->stop.push_back(std::move(token));
+    }
+  }
+}
+
+absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, bool max_tokens_given,
+                                           SamplingParams* sampling) const {
+  const int room = model_.max_context_tokens - prompt_tokens;
+  if (room < 0 || (room == 0 && !(max_tokens_given && sampling->max_tokens == 0))) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        is_chat ? "messages" : "prompt", ": has ", prompt_tokens, " tokens, but the model's context is ",
+        model_.max_context_tokens, " tokens for prompt and answer together; shorten it"));
+  }
+  if (max_tokens_given) return absl::OkStatus();
+  // An answer that nobody limited must not be refused because the cache is smaller than the model's context.
+  const int64_t cache_room = engine_->Stats().kv_tokens_capacity - prompt_tokens;
+  const int64_t fits = cache_room > 0 ? std::min<int64_t>(room, cache_room) : room;
+  sampling->max_tokens = static_cast<int>(fits);
+  if (sampling->min_tokens > sampling->max_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("min_tokens: ", sampling->min_tokens,
+                                                   " do not fit: after a prompt of ", prompt_tokens,
+                                                   " tokens there is room for ", fits));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<TokenId>> GenerateService::Tokenize(std::string_view text,
+                                                               bool add_special) const {
+  return tokenizer_->Encode(text, add_special, /*parse_special=*/false);
+}
+
+absl::StatusOr<std::vector<TokenId>> GenerateService::TokenizeChat(
+    const std::vector<ChatMessage>& messages) const {
+  if (messages.empty()) return absl::InvalidArgumentError("messages: must have at least one message");
+  absl::StatusOr<std::vector<TokenId>> ids =
+      chat_template_.Render(messages, *tokenizer_, /*add_generation_prompt=*/true);
+  if (ids.ok() && ids->empty()) return absl::InvalidArgumentError("messages: the conversation has no tokens");
+  return ids;
+}
+
+absl::StatusOr<std::string> GenerateService::Detokenize(const std::vector<TokenId>& tokens) const {
+  if (absl::Status s = CheckIds(tokens, model_.vocab_size, "tokens"); !s.ok()) return s;
+  return tokenizer_->Decode(tokens);
+}
+
+bool GenerateService::Authorized(std::string_view bearer_token) const {
+  if (config_.server.api_keys.empty()) return true;
+  const Digest given = Sha256(bearer_token);
+  bool authorized = false;
+  for (const std::string& key :
+       config_.server.api_keys) {  // no early exit: time says nothing about which key
+    const Digest wanted = Sha256(key);
+    authorized |= CRYPTO_memcmp(given.data(), wanted.data(), wanted.size()) == 0;
+  }
+  return authorized;
+}
+
+std::string NewRequestId() {
+  std::array<unsigned char, 12> bytes;
+  // The id needs to be unique, not secret; the generator fails only where the system has no entropy source at
+  // all.
+  if (RAND_bytes(bytes.data(), static_cast<int>(bytes.size())) != 1) std::abort();
+  return absl::StrCat("atp-", absl::BytesToHexString(absl::string_view(
+                                  reinterpret_cast<const char*>(bytes.data()), bytes.size())));
+}
+
+std::string_view AtpVersion() { return ATP_VERSION; }
+
+}  // namespace atp

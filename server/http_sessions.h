@@ -1,0 +1,88 @@
+// HTTP connections over Boost.Asio, parsed by Boost.Beast: one strand each, no thread each. Only
+// rest_server.cc and http_session.cc include this: nothing else of the project meets a Boost header.
+#ifndef ATP_SERVER_HTTP_SESSIONS_H_
+#define ATP_SERVER_HTTP_SESSIONS_H_
+
+#include <atomic>
+#include <boost/asio/ip/tcp.hpp>
+#include <memory>
+#include <unordered_set>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "config/config.h"
+#include "server/http_router.h"
+#include "server/metrics.h"
+
+namespace atp {
+
+// One connection, on one strand. All methods may be called from any thread.
+class HttpConnection {
+ public:
+  virtual ~HttpConnection() = default;
+  virtual void Start(bool refused) = 0;  // refused: answers 503, whatever is asked, and closes
+  virtual void Drain() = 0;              // closes where no answer is under way; else when it is out
+  virtual void Kill() = 0;               // closes now, and cancels what is under way
+};
+
+class HttpSessions;
+std::shared_ptr<HttpConnection> NewHttpSession(boost::asio::ip::tcp::socket socket, HttpSessions* owner);
+
+// The connections of one port. Thread-safe. Outlives its sessions: WaitUntilGone() says when.
+class HttpSessions {
+ public:
+  // `report_connections`: Metrics::SetHttpConnections follows this port. Everything outlives the sessions.
+  HttpSessions(const ServerConfig& config, const HttpRouter* router, Metrics* metrics, int max_connections,
+               bool report_connections)
+      : config_(config),
+        router_(router),
+        metrics_(metrics),
+        max_connections_(max_connections),
+        report_connections_(report_connections) {}
+
+  // Serves the connection; beyond the limit it gets a 503 and is closed. The socket's executor is a strand.
+  void Accept(boost::asio::ip::tcp::socket socket);
+
+  // Closes idle connections; the others as soon as their answer is written.
+  void Drain();
+  void CloseAll();
+  bool WaitUntilGone(absl::Duration timeout);
+
+  // For connections.
+  const ServerConfig& config() const { return config_; }
+  const HttpRouter& router() const { return *router_; }
+  Metrics& metrics() const { return *metrics_; }
+  bool draining() const { return draining_.load(); }
+  void Remove(const std::shared_ptr<HttpConnection>& connection);
+
+  // A connection's first member: counts it until it is destroyed, not only until it is closed.
+  class Presence {
+   public:
+    explicit Presence(HttpSessions* sessions);
+    ~Presence();
+    Presence(const Presence&) = delete;
+    Presence& operator=(const Presence&) = delete;
+
+   private:
+    HttpSessions* sessions_;
+  };
+
+ private:
+  void Report(int open) const;
+
+  const ServerConfig config_;
+  const HttpRouter* const router_;
+  Metrics* const metrics_;
+  const int max_connections_;
+  const bool report_connections_;
+  std::atomic<bool> draining_{false};
+
+  absl::Mutex mutex_;
+  std::unordered_set<std::shared_ptr<HttpConnection>> open_ ABSL_GUARDED_BY(mutex_);
+  int present_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace atp
+
+#endif  // ATP_SERVER_HTTP_SESSIONS_H_

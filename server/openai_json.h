@@ -1,0 +1,110 @@
+// OpenAI's JSON, both ways: bodies become our own structs, answers become text. Knows no socket and no
+// engine. Every text that goes out is valid UTF-8 JSON, whatever came in. Parsing is limited in depth,
+// refuses duplicate keys and invalid UTF-8, and treats null as absent. Errors are InvalidArgument and begin
+// with the field: "n: must be …".
+#ifndef ATP_SERVER_OPENAI_JSON_H_
+#define ATP_SERVER_OPENAI_JSON_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "config/config.h"
+#include "engine/request.h"
+#include "engine/tokenizer.h"
+#include "server/chat_template.h"
+
+namespace atp {
+
+// The body of /v1/completions or /v1/chat/completions.
+struct CompletionCall {
+  bool chat = false;
+  std::string model;  // empty: the served one
+  // One generation of `sampling.n` answers each; a chat has exactly one. Choice index = prompt * n + answer.
+  std::vector<std::variant<std::string, std::vector<TokenId>, std::vector<ChatMessage>>> prompts;
+  SamplingParams sampling;
+  bool max_tokens_given = false;
+  bool echo = false;
+  int priority = 0;
+  bool stream = false;
+  bool include_usage = false;  // stream_options.include_usage
+};
+
+absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view body, const LimitsConfig& limits);
+absl::StatusOr<CompletionCall> ParseChatCall(std::string_view body, const LimitsConfig& limits);
+
+// The body of /tokenize: {"prompt"} (vLLM), {"messages"} (vLLM) or {"content"} (llama-server).
+struct TokenizeCall {
+  std::string model;
+  std::variant<std::string, std::vector<ChatMessage>> input;
+  bool add_special = true;
+};
+absl::StatusOr<TokenizeCall> ParseTokenizeCall(std::string_view body);
+
+struct DetokenizeCall {
+  std::string model;
+  std::vector<TokenId> tokens;
+};
+absl::StatusOr<DetokenizeCall> ParseDetokenizeCall(std::string_view body);
+
+// What every chunk of one answer repeats.
+struct AnswerHeader {
+  bool chat = false;
+  bool include_usage = false;
+  bool with_logprobs = false;
+  int top_logprobs = 0;
+  std::string id;  // "cmpl-…" or "chatcmpl-…"
+  int64_t created_unix_seconds = 0;
+  std::string model;
+};
+
+// Where in the text the next token's text begins, in characters (code points): OpenAI's text_offset.
+struct TextPosition {
+  int64_t offset = 0;
+  bool strip_space =
+      false;  // the text has lost the leading space of its first token (an echoed SentencePiece prompt)
+};
+
+// New text of one choice; of a whole answer, all its text.
+struct ChoicePiece {
+  int index = 0;
+  std::string text;
+  std::vector<TokenLogprob> logprobs;
+  std::optional<FinishReason> finish;  // kStop or kLength
+};
+
+// {"error":{"message","type","param","code"}}. `param` is what comes before the first ": " of the message,
+// where that is a field's name. `status` is the HTTP status, which gives type and code.
+std::string RenderError(int http_status, std::string_view message);
+int HttpStatusOf(const absl::Status& status);
+
+// Chunks of a stream, without SSE framing. A chat's first chunk of a choice is its role.
+std::string RenderRoleChunk(const AnswerHeader& header, int index);
+std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
+                        TextPosition* position);
+std::string RenderUsageChunk(const AnswerHeader& header, const Usage& usage);
+
+// A whole answer. `positions` are as at the beginning, one per piece.
+std::string RenderAnswer(const AnswerHeader& header, const std::vector<ChoicePiece>& pieces,
+                         const Usage& usage, const Tokenizer& tokenizer, std::vector<TextPosition> positions);
+
+struct ModelCard {
+  std::string id;
+  int64_t created_unix_seconds = 0;
+  int max_context_tokens = 0;
+};
+std::string RenderModel(const ModelCard& model);
+std::string RenderModelList(const ModelCard& model);
+std::string RenderTokens(const std::vector<TokenId>& tokens, int max_context_tokens);
+std::string RenderText(std::string_view text);  // {"prompt", "content"}: vLLM's name and llama-server's
+std::string RenderVersion();
+std::string RenderHealth(std::string_view state);
+
+}  // namespace atp
+
+#endif  // ATP_SERVER_OPENAI_JSON_H_

@@ -1,0 +1,168 @@
+#include "engine/kv_cache.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/block_table.h"
+#include "kernels/backend_factory.h"
+
+namespace atp {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::unique_ptr<Backend> Reference() {
+  BackendOptions options;
+  options.device = "reference";
+  return MakeBackend(options).value();
+}
+
+KvCache::Shape SmallShape() {
+  KvCache::Shape shape;
+  shape.layers = 3;
+  shape.kv_heads = 2;
+  shape.head_dim = 8;
+  return shape;
+}
+
+TEST(KvCache, FitsIntoItsBudget) {
+  const std::unique_ptr<Backend> backend = Reference();
+  const KvPage page(KvFormat::kF32, 16, 8, false);
+  const absl::StatusOr<KvCache> cache = KvCache::Create(backend.get(), SmallShape(), 20 * page.bytes() - 1);
+  ASSERT_TRUE(cache.ok()) << cache.status();
+  EXPECT_EQ(cache->num_blocks(), 19);
+  EXPECT_EQ(cache->block_bytes(), page.bytes());
+  EXPECT_EQ(cache->token_capacity(), 19 / 6 * 16);
+  EXPECT_EQ(cache->pool().block_bytes, page.bytes());
+  EXPECT_EQ(cache->pool().principal, nullptr);
+  EXPECT_EQ(cache->pool().exact->entries(), 16);
+}
+
+TEST(KvCache, PoolPointsIntoTheCacheThatHoldsItAfterAMove) {
+  const std::unique_ptr<Backend> backend = Reference();
+  KvCache first = KvCache::Create(backend.get(), SmallShape(), 1 << 20).value();
+  std::byte* const data = first.pool().data;
+  const KvCache second = std::move(first);
+  EXPECT_EQ(second.pool().data, data);
+  EXPECT_EQ(second.pool().exact->bytes(), second.block_bytes());
+}
+
+TEST(KvCache, TooSmallABudgetSaysWhatToChange) {
+  const std::unique_ptr<Backend> backend = Reference();
+  const size_t bytes = KvPage(KvFormat::kF32, 16, 8, false).bytes();
+  const absl::Status status = KvCache::Create(backend.get(), SmallShape(), 6 * bytes - 1).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("kv_cache.memory_bytes: expected at least " + std::to_string(6 * bytes)));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("raise kv_cache.memory_bytes"));
+}
+
+TEST(KvCache, RefusesOddBlocks) {
+  const std::unique_ptr<Backend> backend = Reference();
+  for (const int tokens : {0, -16, 8, 17}) {
+    KvCache::Shape shape = SmallShape();
+    shape.block_tokens = tokens;
+    const absl::Status status = KvCache::Create(backend.get(), shape, 1 << 20).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr("expected a positive multiple of 16"));
+  }
+}
+
+TEST(BlockTable, FillsAllHeadsAlike) {
+  BlockTable table(2, 3);
+  std::vector<BlockId> next = {0, 1, 2, 3, 4, 5};
+  for (int block = 0; block < 40; ++block) {  // grows past every first capacity
+    table.AppendExact(next);
+    for (BlockId& id : next) id += 6;
+  }
+  EXPECT_EQ(table.exact_blocks(), 40);
+  const BlockTable moved = std::move(table);
+  for (int layer = 0; layer < 2; ++layer) {
+    for (int head = 0; head < 3; ++head) {
+      for (int block = 0; block < 40; ++block) {
+        EXPECT_EQ(moved.Layer(layer)[head].exact[block], block * 6 + layer * 3 + head);
+      }
+      EXPECT_EQ(moved.Layer(layer)[head].principal_entries, 0);
+    }
+  }
+}
+
+TEST(BlockTable, ClearStartsOver) {
+  BlockTable table(1, 2);
+  table.AppendExact(std::vector<BlockId>{7, 8});
+  table.Clear();
+  EXPECT_EQ(table.exact_blocks(), 0);
+  table.AppendExact(std::vector<BlockId>{1, 2});
+  EXPECT_EQ(table.Layer(0)[0].exact[0], 1);
+  EXPECT_EQ(table.Layer(0)[1].exact[0], 2);
+}
+
+class AvailableMemoryTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    root_ = ::testing::TempDir() + "/memory_" + std::to_string(getpid()) + "_" +
+            ::testing::UnitTest::GetInstance()->current_test_info()->name();
+    Write("/proc/meminfo", "MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable:    5000 kB\nBuffers: 3 kB\n");
+  }
+  void TearDown() override { std::filesystem::remove_all(root_); }
+  void Write(const std::string& path, const std::string& text) {
+    std::filesystem::create_directories(std::filesystem::path(root_ + path).parent_path());
+    std::ofstream(root_ + path) << text;
+  }
+
+  std::string root_;
+};
+
+TEST_F(AvailableMemoryTest, NoCgroup) { EXPECT_EQ(AvailableMemoryBytes(root_), 5000u * 1024); }
+
+TEST_F(AvailableMemoryTest, Version2TakesTheTightestOfAllParents) {
+  Write("/proc/self/cgroup", "0::/kube/pod/container\n");
+  Write("/sys/fs/cgroup/kube/pod/container/memory.max", "max\n");
+  Write("/sys/fs/cgroup/kube/pod/container/memory.current", "100\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 5000u * 1024);
+  Write("/sys/fs/cgroup/kube/pod/memory.max", "1000000\n");
+  Write("/sys/fs/cgroup/kube/pod/memory.current", "400000\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 600000u);
+  Write("/sys/fs/cgroup/kube/pod/memory.stat",
+        "anon 5\nfile 250000\ninactive_file 150000\nactive_file 100000\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 750000u);
+  Write("/sys/fs/cgroup/kube/pod/container/memory.max", "300\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 200u);
+  Write("/sys/fs/cgroup/kube/pod/container/memory.current", "301\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 0u);
+}
+
+TEST_F(AvailableMemoryTest, Version2InsideAContainer) {
+  Write("/proc/self/cgroup", "0::/\n");
+  Write("/sys/fs/cgroup/memory.max", "2000000\n");
+  Write("/sys/fs/cgroup/memory.current", "500000\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 1500000u);
+}
+
+TEST_F(AvailableMemoryTest, Version1WithTheHostsPath) {
+  Write("/proc/self/cgroup", "9:name=systemd:/\n5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n");
+  Write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "3000000\n");
+  Write("/sys/fs/cgroup/memory/memory.usage_in_bytes", "1000000\n");
+  Write("/sys/fs/cgroup/memory/memory.stat", "cache 7\ninactive_file 1\ntotal_inactive_file 500000\n");
+  EXPECT_EQ(AvailableMemoryBytes(root_), 2500000u);
+  Write("/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "9223372036854771712\n");  // version 1's way to say none
+  EXPECT_EQ(AvailableMemoryBytes(root_), 5000u * 1024);
+}
+
+TEST(AvailableMemory, OfThisMachine) {
+  const size_t available = AvailableMemoryBytes();
+  EXPECT_GT(available, 0u);
+  EXPECT_LT(available, size_t{1} << 50);
+}
+
+}  // namespace
+}  // namespace atp

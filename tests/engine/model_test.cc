@@ -1,0 +1,471 @@
+// The whole model against golden logits of an independent implementation (tests/golden/generate_golden.py),
+// and against itself: how tokens are cut into steps, and what else is in a step, must not change a single
+// bit.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "engine/block_table.h"
+#include "engine/llama_model.h"
+#include "kernels/backend_factory.h"
+
+namespace atp {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+const std::string kGolden = std::string(ATP_SOURCE_DIR) + "/tests/golden/";
+const char* const kTinyModels[] = {"llama_mha_f32",          "llama3_gqa2_bf16",   "linear_gqa4_f16",
+                                   "qwen2_bias_sharded_f32", "mistral_gqa2_mixed", "llama_all_biases_f16"};
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  EXPECT_TRUE(file) << path;
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+// A .npy file of version 1 (numpy.lib.format): little-endian, C order, four bytes per element.
+template <typename T>
+struct Array {
+  std::vector<size_t> shape;
+  std::vector<T> values;
+
+  explicit Array(const std::string& path) {
+    const std::string file = ReadFile(path);
+    const size_t header_bytes = static_cast<uint8_t>(file.at(8)) + 256u * static_cast<uint8_t>(file.at(9));
+    const std::string header = file.substr(10, header_bytes);
+    EXPECT_THAT(header, HasSubstr(std::is_same_v<T, float> ? "'<f4'" : "'<i4'")) << path;
+    EXPECT_THAT(header, HasSubstr("'fortran_order': False")) << path;
+    std::istringstream numbers(header.substr(header.find("'shape': (") + 10));
+    size_t count = 1;
+    for (size_t size = 0; numbers >> size; numbers.ignore(1)) {
+      shape.push_back(size);
+      count *= size;
+    }
+    values.resize(count);
+    EXPECT_EQ(file.size(), 10 + header_bytes + count * sizeof(T)) << path;
+    std::memcpy(values.data(), file.data() + 10 + header_bytes, count * sizeof(T));
+  }
+
+  std::vector<T> Row(size_t index) const {
+    const size_t size = values.size() / shape[0];
+    return {values.begin() + static_cast<std::ptrdiff_t>(index * size),
+            values.begin() + static_cast<std::ptrdiff_t>((index + 1) * size)};
+  }
+};
+
+BackendOptions OptionsFor(const std::string& device) {
+  BackendOptions options;
+  const size_t colon = device.find(':');
+  options.device = device.substr(0, colon);
+  if (colon != std::string::npos) options.cpu_isa = device.substr(colon + 1);
+  return options;
+}
+
+// A loaded model with a cache, and sequences that run in it step by step.
+class Runner {
+ public:
+  // device: "reference", "cpu", or "cpu:" and an ISA.
+  Runner(const std::string& device, const std::string& model_dir, int threads = 0) {
+    BackendOptions options = OptionsFor(device);
+    options.threads = threads;
+    backend_ = MakeBackend(options).value();
+    ModelLimits limits;
+    limits.max_batch_rows = 128;
+    limits.max_logit_rows = 128;
+    limits.max_batch_entries = 4;
+    model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr).value();
+    KvCache::Shape shape;
+    shape.layers = model_->config().layers;
+    shape.kv_heads = model_->config().kv_heads;
+    shape.head_dim = model_->config().head_dim;
+    cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 16 << 20).value());
+  }
+
+  const LlamaConfig& config() const { return model_->config(); }
+  size_t vocab() const { return static_cast<size_t>(model_->config().vocab_size); }
+
+  // Returns the handle of a new sequence.
+  size_t NewSequence() {
+    sequences_.emplace_back(config().layers, config().kv_heads);
+    return sequences_.size() - 1;
+  }
+
+  struct Part {
+    size_t sequence;
+    std::vector<int32_t> tokens;
+  };
+  // One step; the logits of every row, [rows, vocab].
+  std::vector<float> Step(const std::vector<Part>& parts) {
+    batch_.Clear();
+    for (const Part& part : parts) {
+      State& state = sequences_[part.sequence];
+      BatchEntry entry;
+      entry.first_row = batch_.rows();
+      entry.rows = static_cast<int>(part.tokens.size());
+      for (const int32_t token : part.tokens) {
+        batch_.logit_rows.push_back(batch_.rows());
+        batch_.tokens.push_back(token);
+        batch_.positions.push_back(state.position++);
+      }
+      while (state.table.exact_blocks() * cache_->shape().block_tokens < state.position)
+        GiveBlocks(&state.table);
+      entry.table = &state.table;
+      entry.exact_entries = state.position;
+      batch_.entries.push_back(entry);
+    }
+    const std::span<const float> logits = model_->Forward(batch_, *cache_).value();
+    return {logits.begin(), logits.end()};
+  }
+
+  std::vector<float> Whole(const std::vector<int32_t>& tokens) { return Step({{NewSequence(), tokens}}); }
+
+  LlamaModel& model() { return *model_; }
+  const KvCache& cache() const { return *cache_; }
+
+ private:
+  struct State {
+    State(int layers, int kv_heads) : table(layers, kv_heads) {}
+    BlockTable table;
+    int position = 0;
+  };
+
+  // Blocks from the far end of the pool, downwards: neither in order nor side by side for one head.
+  void GiveBlocks(BlockTable* table) {
+    std::vector<BlockId> ids;
+    for (int i = 0; i < cache_->shape().heads_total(); ++i) {
+      ids.push_back(static_cast<BlockId>(cache_->num_blocks()) - ++blocks_used_);
+    }
+    ASSERT_GE(ids.back(), 0);
+    table->AppendExact(ids);
+  }
+
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<LlamaModel> model_;
+  std::unique_ptr<KvCache> cache_;
+  std::deque<State> sequences_;
+  BlockId blocks_used_ = 0;
+  Batch batch_;
+};
+
+// max|a - b| / max|b|, the measure of the golden tests.
+double RelativeError(const std::vector<float>& actual, const std::vector<float>& expected) {
+  EXPECT_EQ(actual.size(), expected.size());
+  double worst = 0;
+  double largest = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::abs(static_cast<double>(actual[i]) - static_cast<double>(expected[i]));
+    if (!(error <= worst)) worst = error;  // a NaN sticks
+    largest = std::max(largest, std::abs(static_cast<double>(expected[i])));
+  }
+  EXPECT_GT(largest, 0.1);  // else the fixture says nothing
+  return worst / largest;
+}
+
+constexpr double kGoldenTolerance = 1e-4;
+
+class ModelTest : public ::testing::TestWithParam<std::string> {};
+std::vector<std::string> Devices() {
+  std::vector<std::string> devices = {"reference"};
+  for (const std::string& isa : CpuIsaNames()) devices.push_back("cpu:" + isa);
+  return devices;
+}
+INSTANTIATE_TEST_SUITE_P(Devices, ModelTest, ::testing::ValuesIn(Devices()), [](const auto& param_info) {
+  std::string name = param_info.param;
+  std::replace(name.begin(), name.end(), ':', '_');
+  return name;
+});
+
+TEST_P(ModelTest, TinyModelsMatchGoldenLogits) {
+  for (const std::string name : kTinyModels) {
+    SCOPED_TRACE(name);
+    Runner runner(GetParam(), kGolden + name);
+    const Array<int32_t> tokens(kGolden + name + "/tokens.npy");
+    const Array<float> logits(kGolden + name + "/logits.npy");
+    for (size_t i = 0; i < tokens.shape[0]; ++i) {
+      EXPECT_LE(RelativeError(runner.Whole(tokens.Row(i)), logits.Row(i)), kGoldenTolerance)
+          << "prompt " << i;
+    }
+  }
+}
+
+TEST_P(ModelTest, DefaultModelMatchesGoldenLogits) {
+  Runner runner(GetParam(), std::string(ATP_SOURCE_DIR) + "/models/default");
+  const Array<int32_t> tokens(kGolden + "default/tokens.npy");
+  const Array<int32_t> columns(kGolden + "default/columns.npy");
+  const Array<float> expected(kGolden + "default/logits.npy");
+  const Array<float> last(kGolden + "default/last.npy");
+  for (size_t i = 0; i < tokens.shape[0]; ++i) {
+    const std::vector<float> logits = runner.Whole(tokens.Row(i));
+    std::vector<float> sampled;
+    for (size_t row = 0; row < tokens.shape[1]; ++row) {
+      for (const int32_t column : columns.values) {
+        sampled.push_back(logits[row * runner.vocab() + static_cast<size_t>(column)]);
+      }
+    }
+    EXPECT_LE(RelativeError(sampled, expected.Row(i)), kGoldenTolerance) << "prompt " << i;
+    const std::vector<float> end(logits.end() - static_cast<std::ptrdiff_t>(runner.vocab()), logits.end());
+    EXPECT_LE(RelativeError(end, last.Row(i)), kGoldenTolerance) << "prompt " << i;
+  }
+}
+
+void Append(std::vector<float>* all, const std::vector<float>& more) {
+  all->insert(all->end(), more.begin(), more.end());
+}
+
+std::vector<int32_t> Slice(const std::vector<int32_t>& tokens, size_t begin, size_t size) {
+  return {tokens.begin() + static_cast<std::ptrdiff_t>(begin),
+          tokens.begin() + static_cast<std::ptrdiff_t>(begin + size)};
+}
+
+// Bitwise: a NaN or a -0 would count as a difference, too.
+void ExpectSameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  ASSERT_EQ(a.size(), b.size());
+  size_t different = 0;
+  for (size_t i = 0; i < a.size(); ++i) different += std::memcmp(&a[i], &b[i], sizeof(float)) != 0;
+  EXPECT_EQ(different, 0u) << "of " << a.size() << " logits";
+}
+
+TEST_P(ModelTest, ChunkedPrefillIsWholePrefillBitwise) {
+  for (const std::string name : kTinyModels) {
+    SCOPED_TRACE(name);
+    Runner runner(GetParam(), kGolden + name);
+    const std::vector<int32_t> tokens = Array<int32_t>(kGolden + name + "/tokens.npy").Row(0);
+    const std::vector<float> whole = runner.Whole(tokens);
+    const std::vector<std::vector<size_t>> cuts = {{16, 24}, {1, 39}, {7, 9, 17, 7}, {15, 2, 15, 8}, {39, 1}};
+    for (const std::vector<size_t>& sizes : cuts) {
+      const size_t sequence = runner.NewSequence();
+      std::vector<float> chunked;
+      size_t begin = 0;
+      for (const size_t size : sizes) {
+        Append(&chunked, runner.Step({{sequence, Slice(tokens, begin, size)}}));
+        begin += size;
+      }
+      ExpectSameBits(chunked, whole);
+    }
+  }
+}
+
+TEST_P(ModelTest, DecodeIsPrefillBitwise) {
+  for (const std::string name : kTinyModels) {
+    SCOPED_TRACE(name);
+    Runner runner(GetParam(), kGolden + name);
+    const std::vector<int32_t> tokens = Array<int32_t>(kGolden + name + "/tokens.npy").Row(1);
+    const size_t sequence = runner.NewSequence();
+    std::vector<float> decoded;
+    for (const int32_t token : tokens) Append(&decoded, runner.Step({{sequence, {token}}}));
+    ExpectSameBits(decoded, runner.Whole(tokens));
+  }
+}
+
+TEST_P(ModelTest, BatchedIsAloneBitwise) {
+  for (const std::string name : kTinyModels) {
+    SCOPED_TRACE(name);
+    Runner runner(GetParam(), kGolden + name);
+    const Array<int32_t> prompts(kGolden + name + "/tokens.npy");
+    const std::vector<int32_t> first = prompts.Row(0);
+    const std::vector<int32_t> second = prompts.Row(1);
+    // Whole prompts side by side.
+    std::vector<float> alone = runner.Whole(Slice(first, 0, 33));
+    Append(&alone, runner.Whole(second));
+    ExpectSameBits(runner.Step({{runner.NewSequence(), Slice(first, 0, 33)}, {runner.NewSequence(), second}}),
+                   alone);
+    // One decodes while the other is in mid-prompt.
+    const size_t a = runner.NewSequence();
+    const size_t b = runner.NewSequence();
+    runner.Step({{a, Slice(first, 0, 20)}});
+    const std::vector<float> mixed = runner.Step({{b, Slice(second, 0, 21)}, {a, {first[20]}}});
+    std::vector<float> expected = runner.Whole(Slice(second, 0, 21));
+    const std::vector<float> of_first = runner.Whole(Slice(first, 0, 21));
+    expected.insert(expected.end(), of_first.end() - static_cast<std::ptrdiff_t>(runner.vocab()),
+                    of_first.end());
+    ExpectSameBits(mixed, expected);
+  }
+}
+
+TEST(Model, ThreadsDoNotChangeABit) {
+  const std::string model = std::string(ATP_SOURCE_DIR) + "/models/default";
+  const std::vector<int32_t> tokens = Array<int32_t>(kGolden + "default/tokens.npy").Row(0);
+  const std::vector<float> one = Runner("cpu", model, 1).Whole(tokens);
+  ExpectSameBits(Runner("cpu", model, 3).Whole(tokens), one);
+}
+
+TEST(Model, OnlyWantedRowsHaveLogits) {
+  Runner runner("reference", kGolden + "llama_mha_f32");
+  const std::vector<int32_t> tokens = Array<int32_t>(kGolden + "llama_mha_f32/tokens.npy").Row(0);
+  const std::vector<float> all = runner.Whole(tokens);
+  BlockTable table(runner.config().layers, runner.config().kv_heads);
+  for (int block = 0; block < 3; ++block) {
+    std::vector<BlockId> ids;
+    for (int i = 0; i < runner.cache().shape().heads_total(); ++i) ids.push_back(block * 8 + i);
+    table.AppendExact(ids);
+  }
+  Batch batch;
+  batch.tokens = tokens;
+  for (int i = 0; i < batch.rows(); ++i) batch.positions.push_back(i);
+  BatchEntry entry;
+  entry.table = &table;
+  entry.rows = batch.rows();
+  entry.exact_entries = batch.rows();
+  batch.entries.push_back(entry);
+  EXPECT_TRUE(runner.model().Forward(batch, runner.cache()).value().empty());
+  batch.logit_rows = {5, 39};
+  const std::span<const float> logits = runner.model().Forward(batch, runner.cache()).value();
+  ASSERT_EQ(logits.size(), 2 * runner.vocab());
+  const auto row = [&](size_t index) {
+    return all.begin() + static_cast<std::ptrdiff_t>(index * runner.vocab());
+  };
+  EXPECT_TRUE(
+      std::equal(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(runner.vocab()), row(5)));
+  EXPECT_TRUE(
+      std::equal(logits.begin() + static_cast<std::ptrdiff_t>(runner.vocab()), logits.end(), row(39)));
+}
+
+TEST(ModelDeathTest, RefusesABatchBeyondItsLimits) {
+  Runner runner("reference", kGolden + "llama_mha_f32");
+  EXPECT_DEATH(runner.Whole(std::vector<int32_t>(129, 1)), "rows <= max_batch_rows");
+  EXPECT_DEATH(runner.Whole({83}), "tokens in the vocabulary");
+}
+
+// A copy of a golden model with one of its files changed.
+class BrokenModelTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    dir_ = ::testing::TempDir() + "/model_" + std::to_string(getpid()) + "_" +
+           ::testing::UnitTest::GetInstance()->current_test_info()->name();
+  }
+  void TearDown() override { fs::remove_all(dir_); }
+
+  void CopyOf(const std::string& name) {
+    fs::remove_all(dir_);
+    fs::copy(kGolden + name, dir_);
+  }
+  // Replaces every `from`, in text or binary, by a `to` of the same length in headers.
+  void Replace(const std::string& file, const std::string& from, const std::string& to) {
+    std::string text = ReadFile(dir_ + "/" + file);
+    size_t found = 0;
+    for (size_t at = text.find(from); at != std::string::npos;
+         at = text.find(from, at + to.size()), ++found) {
+      text.replace(at, from.size(), to);
+    }
+    ASSERT_GT(found, 0u) << from;
+    std::ofstream(dir_ + "/" + file, std::ios::binary) << text;
+  }
+  std::string LoadError() {
+    BackendOptions options;
+    options.device = "reference";
+    const std::unique_ptr<Backend> backend = MakeBackend(options).value();
+    const absl::Status status = LlamaModel::Load(dir_, backend.get(), ModelLimits(), nullptr).status();
+    EXPECT_FALSE(status.ok());
+    return std::string(status.message());
+  }
+
+  std::string dir_;
+};
+
+TEST_F(BrokenModelTest, MissingTensor) {
+  CopyOf("llama_mha_f32");
+  Replace("model.safetensors", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.UP_proj.weight");
+  EXPECT_EQ(LoadError(),
+            dir_ +
+                "/model.safetensors: tensor 'model.layers.1.mlp.up_proj.weight': expected shape [56, 32] "
+                "as config.json says, found no such tensor");
+}
+
+TEST_F(BrokenModelTest, WrongShape) {
+  CopyOf("llama_mha_f32");
+  Replace("config.json", "\"vocab_size\": 83", "\"vocab_size\": 84");
+  EXPECT_EQ(LoadError(),
+            dir_ +
+                "/model.safetensors: tensor 'model.embed_tokens.weight': expected shape [84, 32] as "
+                "config.json says, found [83, 32]");
+}
+
+TEST_F(BrokenModelTest, TransposedIsAWrongShapeToo) {
+  CopyOf("llama_mha_f32");
+  Replace("model.safetensors", "[56,32]", "[32,56]");
+  EXPECT_THAT(LoadError(),
+              HasSubstr("tensor 'model.layers.0.mlp.gate_proj.weight': expected shape [56, 32]"));
+}
+
+TEST_F(BrokenModelTest, WrongDType) {
+  CopyOf("llama_all_biases_f16");
+  Replace("model.safetensors", R"("dtype":"F16")", R"("dtype":"I16")");
+  EXPECT_EQ(LoadError(),
+            dir_ +
+                "/model.safetensors: tensor 'model.embed_tokens.weight': expected dtype F32, BF16 or "
+                "F16, found I16");
+}
+
+TEST_F(BrokenModelTest, BiasThatTheConfigDoesNotAnnounce) {
+  CopyOf("llama_all_biases_f16");
+  Replace("config.json", "\"attention_bias\": true", "\"attention_bias\": false");
+  EXPECT_EQ(LoadError(),
+            dir_ +
+                "/model.safetensors: tensor 'model.layers.0.self_attn.q_proj.bias': expected no such bias "
+                "as config.json says, found one");
+}
+
+TEST_F(BrokenModelTest, MissingShard) {
+  CopyOf("qwen2_bias_sharded_f32");
+  fs::remove(dir_ + "/model-00002-of-00003.safetensors");
+  EXPECT_THAT(LoadError(),
+              HasSubstr("expected shard " + dir_ + "/model-00002-of-00003.safetensors, found no such file"));
+}
+
+TEST_F(BrokenModelTest, TruncatedShard) {
+  CopyOf("qwen2_bias_sharded_f32");
+  const std::string shard = dir_ + "/model-00003-of-00003.safetensors";
+  fs::resize_file(shard, fs::file_size(shard) - 4);
+  EXPECT_THAT(LoadError(), HasSubstr(shard + ": tensor 'model."));
+}
+
+TEST(Model, LoadsDataOfAnyAlignment) {
+  const std::string dir = ::testing::TempDir() + "/misaligned_" + std::to_string(getpid());
+  fs::remove_all(dir);
+  fs::copy(kGolden + "llama_mha_f32", dir);
+  const std::string file = ReadFile(dir + "/model.safetensors");
+  size_t header_bytes = 0;
+  std::memcpy(&header_bytes, file.data(), sizeof(header_bytes));
+  const size_t longer = header_bytes + 1;  // one more blank behind the header shifts all data by a byte
+  std::string shifted(reinterpret_cast<const char*>(&longer), sizeof(longer));
+  shifted += file.substr(8, header_bytes) + " " + file.substr(8 + header_bytes);
+  std::ofstream(dir + "/model.safetensors", std::ios::binary) << shifted;
+  const std::vector<int32_t> tokens = Array<int32_t>(kGolden + "llama_mha_f32/tokens.npy").Row(0);
+  ExpectSameBits(Runner("cpu", dir).Whole(tokens), Runner("cpu", kGolden + "llama_mha_f32").Whole(tokens));
+  fs::remove_all(dir);
+}
+
+TEST(Model, ReportsProgressInBytes) {
+  BackendOptions options;
+  const std::unique_ptr<Backend> backend = MakeBackend(options).value();
+  size_t last_done = 0;
+  size_t last_total = 0;
+  const auto model = LlamaModel::Load(std::string(ATP_SOURCE_DIR) + "/models/default", backend.get(),
+                                      ModelLimits(), [&](size_t done, size_t total) {
+                                        EXPECT_GT(done, last_done);
+                                        last_done = done;
+                                        last_total = total;
+                                      });
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_EQ(last_done, (*model)->weight_bytes());
+  EXPECT_EQ(last_total, (*model)->weight_bytes());
+  EXPECT_EQ((*model)->weight_dtype(), DType::kBF16);
+  EXPECT_GT((*model)->activation_bytes(), 0u);
+}
+
+}  // namespace
+}  // namespace atp

@@ -1,0 +1,179 @@
+// A row's result is the same to the last bit alone, in a batch, in other chunks, and on any number of
+// threads: what makes a request's tokens independent of its neighbours.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/backend_factory.h"
+#include "tests/kernels/op_problems.h"
+
+namespace atp {
+namespace {
+
+bool SameBits(const float* a, const float* b, size_t count) {
+  return std::memcmp(a, b, count * sizeof(float)) == 0;
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && SameBits(a.data(), b.data(), a.size());
+}
+
+class BatchInvariance : public ::testing::TestWithParam<std::string> {
+ protected:
+  BatchInvariance()
+      : random_(TestSeed()), one_(CpuBackend(GetParam(), 1)), three_(CpuBackend(GetParam(), 3)) {}
+
+  Random random_;
+  std::unique_ptr<Backend> one_;
+  std::unique_ptr<Backend> three_;
+};
+
+TEST_P(BatchInvariance, MatMul) {
+  struct Shape {
+    int64_t rows, in, out;
+  };
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+    for (const Shape shape : {Shape{37, 172, 130}, Shape{19, 2077, 53}, Shape{140, 64, 301}}) {
+      const Matrix weight = RandomMatrix(random_, dtype, shape.out, shape.in);
+      const std::vector<float> x = Normals(random_, shape.rows * shape.in);
+      const std::vector<float> bias = Normals(random_, shape.out);
+      const std::vector<float> before = Normals(random_, shape.rows * shape.out);
+      for (const bool accumulate : {false, true}) {
+        const auto run = [&](Backend& backend, int64_t first, int64_t rows) {
+          std::vector<float> y(before.begin() + first * shape.out,
+                               before.begin() + (first + rows) * shape.out);
+          backend.MatMul({x.data() + first * shape.in, weight.view, bias.data(), y.data(), rows, accumulate});
+          return y;
+        };
+        const std::vector<float> whole = run(*three_, 0, shape.rows);
+        EXPECT_TRUE(SameBits(run(*one_, 0, shape.rows), whole)) << "threads";
+        for (int64_t row = 0; row < shape.rows; ++row) {
+          ASSERT_TRUE(SameBits(run(*one_, row, 1).data(), whole.data() + row * shape.out, shape.out)) << row;
+        }
+        for (int64_t row = 0; row < shape.rows;) {
+          const int64_t rows = std::min<int64_t>(UniformInt(random_, 1, 14), shape.rows - row);
+          const std::vector<float> y = run(*three_, row, rows);
+          ASSERT_TRUE(SameBits(y.data(), whole.data() + row * shape.out, y.size())) << row << "+" << rows;
+          row += rows;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(BatchInvariance, RowwiseOps) {
+  const int heads = 3, head_dim = 38;
+  const int64_t rows = 200, dim = heads * head_dim;
+  const std::vector<float> x = Normals(random_, rows * dim);
+  const std::vector<float> other = Normals(random_, rows * dim);
+  const std::vector<float> frequency = Normals(random_, head_dim / 2);
+  std::vector<int32_t> positions(rows);
+  for (int32_t& position : positions) position = UniformInt(random_, 0, 5000);
+  const auto run = [&](Backend& backend, int64_t first, int64_t count) {
+    std::vector<float> y = Poison(3 * count * dim);
+    float* normalized = y.data();
+    float* activated = normalized + count * dim;
+    float* rotated = activated + count * dim;
+    backend.RmsNorm({x.data() + first * dim, other.data(), normalized, count, dim, 1e-6f});
+    backend.SwiGlu({x.data() + first * dim, other.data() + first * dim, activated, count, dim});
+    std::copy_n(x.data() + first * dim, count * dim, rotated);
+    backend.Rope(
+        {rotated, {positions.data() + first, static_cast<size_t>(count)}, frequency.data(), heads, head_dim});
+    return y;
+  };
+  const std::vector<float> whole = run(*three_, 0, rows);
+  EXPECT_TRUE(SameBits(run(*one_, 0, rows), whole)) << "threads";
+  for (int64_t row = 0; row < rows; ++row) {
+    const std::vector<float> alone = run(*one_, row, 1);
+    for (int op = 0; op < 3; ++op) {
+      ASSERT_TRUE(SameBits(alone.data() + op * dim, whole.data() + (op * rows + row) * dim, dim))
+          << row << " " << op;
+    }
+  }
+}
+
+struct AttentionRun {
+  CacheProblem& problem;
+  const std::vector<float>& query;
+  int heads;
+
+  size_t RowFloats() const { return static_cast<size_t>(heads) * problem.shape().head_dim; }
+
+  // Rows [begin, end) of sequence `index` as a step of their own.
+  std::vector<float> Rows(Backend& backend, int index, int begin, int end) const {
+    const KvSequence& whole = problem.sequences()[index];
+    KvSequence part = whole;
+    part.first_row = 0;
+    part.rows = end - begin;
+    part.exact_entries = whole.exact_entries - whole.rows + end;
+    return Run(backend, query.data() + static_cast<size_t>(whole.first_row + begin) * RowFloats(), {&part, 1},
+               part.rows);
+  }
+
+  std::vector<float> All(Backend& backend) const {
+    return Run(backend, query.data(), problem.sequences(), problem.rows());
+  }
+
+ private:
+  std::vector<float> Run(Backend& backend, const float* from, std::span<const KvSequence> sequences,
+                         int rows) const {
+    std::vector<float> out = Poison(rows * RowFloats());
+    backend.Attention({from, out.data(), sequences, problem.pool(), heads, problem.shape().kv_heads, 0.2f});
+    return out;
+  }
+};
+
+TEST_P(BatchInvariance, Attention) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const int head_dim : {20, 64}) {
+      for (const int group : {1, 3, 8}) {
+        CacheProblem problem(random_, {format, head_dim, 2, 16, 32},
+                             {{1, 70, 0}, {61, 61, 0}, {45, 90, 50}, {1, 1, 9}}, true);
+        const int heads = 2 * group;
+        const std::vector<float> query =
+            Normals(random_, static_cast<size_t>(problem.rows()) * heads * head_dim);
+        const AttentionRun run{problem, query, heads};
+        const std::vector<float> whole = run.All(*three_);
+        EXPECT_TRUE(SameBits(run.All(*one_), whole)) << "threads";
+        for (int s = 0; s < 4; ++s) {
+          const KvSequence& sequence = problem.sequences()[s];
+          const float* expected = whole.data() + sequence.first_row * run.RowFloats();
+          for (int row = 0; row < sequence.rows; ++row) {  // token by token, as if decoded
+            const std::vector<float> alone = run.Rows(*one_, s, row, row + 1);
+            ASSERT_TRUE(SameBits(alone.data(), expected + row * run.RowFloats(), alone.size()))
+                << s << " " << row;
+          }
+          for (int row = 0; row < sequence.rows;) {  // in chunks
+            const int end = std::min(sequence.rows, row + UniformInt(random_, 1, 30));
+            const std::vector<float> chunk = run.Rows(*three_, s, row, end);
+            ASSERT_TRUE(SameBits(chunk.data(), expected + row * run.RowFloats(), chunk.size()))
+                << s << " " << row;
+            row = end;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(BatchInvariance, MatMulOfAnotherSequencesNanStaysThere) {
+  const Matrix weight = RandomMatrix(random_, DType::kBF16, 29, 70);
+  std::vector<float> x = Normals(random_, 12 * 70);
+  std::vector<float> clean = Poison(12 * 29);
+  three_->MatMul({x.data(), weight.view, nullptr, clean.data(), 12, false});
+  std::fill_n(x.begin() + 5 * 70, 70, std::nanf(""));
+  std::vector<float> dirty = Poison(12 * 29);
+  three_->MatMul({x.data(), weight.view, nullptr, dirty.data(), 12, false});
+  for (int row = 0; row < 12; ++row) {
+    EXPECT_EQ(SameBits(&clean[row * 29], &dirty[row * 29], 29), row != 5) << row;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryIsa, BatchInvariance, ::testing::ValuesIn(CpuIsaNames()));
+
+}  // namespace
+}  // namespace atp

@@ -1,0 +1,63 @@
+#include "kernels/dtype.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "gtest/gtest.h"
+
+namespace atp {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TEST(DType, SizesAndNames) {
+  EXPECT_EQ(SizeOf(DType::kF32), 4u);
+  EXPECT_EQ(SizeOf(DType::kBF16), 2u);
+  EXPECT_EQ(SizeOf(DType::kF16), 2u);
+  EXPECT_EQ(Name(DType::kBF16), "bf16");
+}
+
+TEST(DType, EveryBf16RoundTrips) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float value = BF16ToFloat(static_cast<uint16_t>(bits));
+    if (std::isnan(value)) {
+      EXPECT_TRUE(std::isnan(BF16ToFloat(FloatToBF16(value)))) << bits;
+    } else {
+      ASSERT_EQ(FloatToBF16(value), bits);
+    }
+  }
+}
+
+TEST(DType, Bf16RoundsToNearestEven) {
+  EXPECT_EQ(FloatToBF16(std::bit_cast<float>(0x3f808000u)), 0x3f80);  // half way: even below
+  EXPECT_EQ(FloatToBF16(std::bit_cast<float>(0x3f818000u)), 0x3f82);  // half way: even above
+  EXPECT_EQ(FloatToBF16(std::bit_cast<float>(0x3f808001u)), 0x3f81);
+  EXPECT_EQ(FloatToBF16(std::bit_cast<float>(0x3f807fffu)), 0x3f80);
+  EXPECT_EQ(BF16ToFloat(FloatToBF16(std::numeric_limits<float>::max())), kInfinity);
+  // A NaN whose payload is in the low bits only must not become infinity.
+  EXPECT_TRUE(std::isnan(BF16ToFloat(FloatToBF16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(DType, EveryF16HasItsValueByDefinition) {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float value = F16ToFloat(static_cast<uint16_t>(bits));
+    const int exponent = static_cast<int>((bits >> 10) & 31);
+    const int mantissa = static_cast<int>(bits & 1023);
+    const double sign = bits & 0x8000 ? -1.0 : 1.0;
+    if (exponent == 31 && mantissa != 0) {
+      EXPECT_TRUE(std::isnan(value)) << bits;
+    } else if (exponent == 31) {
+      EXPECT_EQ(value, sign * kInfinity) << bits;
+    } else {
+      const double expected =
+          exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+      ASSERT_EQ(value, sign * expected) << bits;
+      ASSERT_EQ(std::signbit(value), (bits & 0x8000) != 0) << bits;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace atp

@@ -1,0 +1,98 @@
+#include "kernels/kv_page.h"
+
+#include <cstddef>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/dtype.h"
+
+namespace atp {
+namespace {
+
+using ::testing::Optional;
+
+TEST(KvPage, EightKilobytesAtHeadDim128Bf16) {
+  const KvPage page(KvFormat::kBF16, 16, 128, false);
+  EXPECT_EQ(page.bytes(), 8192u);
+  EXPECT_EQ(page.value_offset(), 4096u);
+}
+
+TEST(KvPage, RegionsDoNotOverlapAndBytesAreAligned) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const int entries : {16, 32, 64}) {
+      for (const int head_dim : {2, 6, 8, 40, 64, 128}) {
+        const size_t matrix = static_cast<size_t>(entries) * head_dim * (format == KvFormat::kF32 ? 4 : 2);
+        const KvPage page(format, entries, head_dim, true);
+        EXPECT_EQ(page.key_offset(), 0u);
+        EXPECT_GE(page.value_offset(), matrix);
+        EXPECT_GE(page.log_mass_offset(), page.value_offset() + matrix);
+        EXPECT_EQ(page.log_mass_offset() % alignof(float), 0u);
+        EXPECT_GE(page.bytes(), page.log_mass_offset() + entries * sizeof(float));
+        EXPECT_EQ(page.bytes() % 64, 0u);
+        EXPECT_LE(KvPage(format, entries, head_dim, false).bytes(), page.bytes());
+      }
+    }
+  }
+}
+
+TEST(KvPage, RoundTripOfEveryEntry) {
+  const unsigned seed = std::random_device()();
+  SCOPED_TRACE(seed);
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const bool with_log_mass : {false, true}) {
+      const int head_dim = 10;
+      const KvPage page(format, 32, head_dim, with_log_mass);
+      // One byte more than the page must stay untouched.
+      std::vector<std::byte> block(page.bytes() + 1, std::byte{0x5a});
+      std::vector<float> keys(32 * head_dim), values(32 * head_dim), masses(32);
+      for (float& x : keys) x = normal(rng);
+      for (float& x : values) x = normal(rng);
+      for (float& x : masses) x = normal(rng);
+      masses[7] = -std::numeric_limits<float>::infinity();
+      for (int e = 0; e < 32; ++e) {
+        page.Store(block.data(), e, &keys[e * head_dim], &values[e * head_dim], masses[e]);
+      }
+      EXPECT_EQ(block.back(), std::byte{0x5a});
+      for (int e = 0; e < 32; ++e) {
+        std::vector<float> key(head_dim), value(head_dim);
+        float mass = -1;
+        page.Load(block.data(), e, key.data(), value.data(), &mass);
+        EXPECT_EQ(mass, with_log_mass ? masses[e] : 0.0f);
+        for (int i = 0; i < head_dim; ++i) {
+          const float k = keys[e * head_dim + i];
+          const float v = values[e * head_dim + i];
+          EXPECT_EQ(key[i], format == KvFormat::kF32 ? k : BF16ToFloat(FloatToBF16(k)));
+          EXPECT_EQ(value[i], format == KvFormat::kF32 ? v : BF16ToFloat(FloatToBF16(v)));
+        }
+      }
+    }
+  }
+}
+
+TEST(KvPage, LayoutIsTheDocumentedOne) {
+  const KvPage page(KvFormat::kF32, 16, 4, true);
+  std::vector<float> block(page.bytes() / sizeof(float), -1.0f);
+  const float key[4] = {1, 2, 3, 4};
+  const float value[4] = {5, 6, 7, 8};
+  page.Store(reinterpret_cast<std::byte*>(block.data()), 3, key, value, 9.0f);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(block[i * 16 + 3], key[i]);
+    EXPECT_EQ(block[page.value_offset() / 4 + 3 * 4 + i], value[i]);
+  }
+  EXPECT_EQ(block[page.log_mass_offset() / 4 + 3], 9.0f);
+}
+
+TEST(KvFormat, NamesRoundTrip) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    EXPECT_THAT(KvFormatFromName(Name(format)), Optional(format));
+  }
+  EXPECT_EQ(KvFormatFromName("fp8"), std::nullopt);
+}
+
+}  // namespace
+}  // namespace atp

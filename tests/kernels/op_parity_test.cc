@@ -1,0 +1,345 @@
+// Every op in every instruction set against the reference backend, over ragged shapes and fresh random
+// inputs.
+//
+// Tolerances are error bounds, not tuned numbers. u = 2^-24 is the unit roundoff of fp32; the standard model
+// says that each operation is exact times (1 + e), |e| <= u. A sum of n products in any order, fused or not,
+// is then within n·u·Σ|a·b| to first order in u (Higham, Accuracy and Stability of Numerical Algorithms,
+// §3.1). The reference computes in double and rounds once: one more u. Weights and cache entries are read
+// exactly, whatever their dtype.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/backend_factory.h"
+#include "kernels/reference/reference_backend.h"
+#include "tests/kernels/op_problems.h"
+
+namespace atp {
+namespace {
+
+constexpr double kUnit = 0x1p-24;
+// Highway's Exp states 1 ulp, which is at most 2u; without fused multiply-add its polynomial loses as much
+// again.
+constexpr double kExpError = 4 * kUnit;
+const DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+
+// NaN fails the comparison, so an output that was not written is found here.
+void ExpectNear(float actual, float expected, double tolerance, const std::string& where) {
+  EXPECT_LE(std::abs(static_cast<double>(actual) - expected), tolerance)
+      << where << ": " << actual << ", expected " << expected;
+}
+
+class OpParity : public ::testing::TestWithParam<std::string> {
+ protected:
+  OpParity() : random_(TestSeed()), cpu_(CpuBackend(GetParam(), 3)), reference_(MakeReferenceBackend()) {}
+
+  Random random_;
+  std::unique_ptr<Backend> cpu_;
+  std::unique_ptr<Backend> reference_;
+};
+
+TEST_P(OpParity, GatherRows) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t dim : {1, 7, 16, 65, 1000}) {
+      for (const int rows : {0, 1, 17, 40}) {
+        const Matrix table = RandomMatrix(random_, dtype, 23, dim);
+        std::vector<int32_t> indices(rows);
+        for (int32_t& index : indices) index = UniformInt(random_, 0, 22);
+        std::vector<float> actual = Poison(rows * dim);
+        std::vector<float> expected = Poison(rows * dim);
+        cpu_->GatherRows({table.view, indices, actual.data()});
+        reference_->GatherRows({table.view, indices, expected.data()});
+        EXPECT_EQ(actual, expected) << Name(dtype) << " dim " << dim << " rows " << rows;
+      }
+    }
+  }
+}
+
+void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, int64_t rows, int64_t in,
+                 int64_t out) {
+  const Matrix weight = RandomMatrix(random, dtype, out, in);
+  const std::vector<float> x = Normals(random, rows * in);
+  const std::vector<float> bias = Normals(random, out);
+  const std::vector<float> before = Normals(random, rows * out);
+  for (const bool with_bias : {false, true}) {
+    for (const bool accumulate : {false, true}) {
+      std::vector<float> actual = accumulate ? before : Poison(rows * out);
+      std::vector<float> expected = actual;
+      MatMulArgs args{x.data(),      weight.view, with_bias ? bias.data() : nullptr,
+                      actual.data(), rows,        accumulate};
+      cpu.MatMul(args);
+      args.y = expected.data();
+      reference.MatMul(args);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t o = 0; o < out; ++o) {
+          double norm =
+              (with_bias ? std::abs(bias[o]) : 0.0) + (accumulate ? std::abs(before[r * out + o]) : 0.0);
+          for (int64_t k = 0; k < in; ++k)
+            norm += std::abs(static_cast<double>(x[r * in + k]) * weight.At(o, k));
+          // in products, bias, residual, and the reference's rounding.
+          const double tolerance = (static_cast<double>(in) + 3) * kUnit * norm;
+          ExpectNear(actual[r * out + o], expected[r * out + o], tolerance,
+                     std::string(Name(dtype)) + " rows " + std::to_string(rows) + " in " +
+                         std::to_string(in) + " out " + std::to_string(out) + " at " + std::to_string(r) +
+                         "," + std::to_string(o));
+          if (::testing::Test::HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, MatMulSmallShapes) {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17}) {
+      for (const int64_t in : {1, 15, 16, 17, 64, 172}) {
+        for (const int64_t out : {1, 5, 6, 13, 50}) {
+          CheckMatMul(random_, *cpu_, *reference_, dtype, rows, in, out);
+          ASSERT_FALSE(HasFailure());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, MatMulLargeShapes) {
+  for (const DType dtype : kDTypes) {
+    CheckMatMul(random_, *cpu_, *reference_, dtype, 3, 2500, 97);   // three depth slices, streamed
+    CheckMatMul(random_, *cpu_, *reference_, dtype, 19, 1030, 61);  // two depth slices, packed
+    CheckMatMul(random_, *cpu_, *reference_, dtype, 131, 33, 67);   // two row blocks
+  }
+}
+
+TEST_P(OpParity, RmsNorm) {
+  for (const int64_t dim : {1, 15, 64, 100, 1027}) {
+    for (const int64_t rows : {1, 17, 33}) {
+      std::vector<float> x = Normals(random_, rows * dim);
+      const std::vector<float> weight = Normals(random_, dim);
+      for (const bool in_place : {false, true}) {
+        std::vector<float> actual = in_place ? x : Poison(rows * dim);
+        std::vector<float> expected = Poison(rows * dim);
+        cpu_->RmsNorm({in_place ? actual.data() : x.data(), weight.data(), actual.data(), rows, dim, 1e-5f});
+        reference_->RmsNorm({x.data(), weight.data(), expected.data(), rows, dim, 1e-5f});
+        // The sum of squares has no cancellation: relative error dim·u; mean and eps add 2, the root halves
+        // it; then root, reciprocal, two products and the reference's rounding.
+        const double relative = ((static_cast<double>(dim) + 2) / 2 + 5) * kUnit;
+        for (int64_t i = 0; i < rows * dim; ++i) {
+          ExpectNear(actual[i], expected[i], relative * std::abs(expected[i]), "dim " + std::to_string(dim));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, Rope) {
+  for (const int head_dim : {2, 6, 8, 32, 40, 128}) {
+    for (const int heads : {1, 3}) {
+      for (const int rows : {1, 17, 70}) {
+        const std::vector<float> x = Normals(random_, static_cast<size_t>(rows) * heads * head_dim);
+        std::vector<int32_t> positions(rows);
+        for (int32_t& position : positions) position = UniformInt(random_, 0, 1 << 20);
+        std::vector<float> frequency(head_dim / 2);
+        for (int i = 0; i < head_dim / 2; ++i) frequency[i] = std::pow(10000.0f, -2.0f * i / head_dim);
+        std::vector<float> actual = x;
+        std::vector<float> expected = x;
+        cpu_->Rope({actual.data(), positions, frequency.data(), heads, head_dim});
+        reference_->Rope({expected.data(), positions, frequency.data(), heads, head_dim});
+        const int half = head_dim / 2;
+        for (size_t i = 0; i < x.size(); ++i) {
+          const size_t other = i % head_dim < static_cast<size_t>(half) ? i + half : i - half;
+          // Each term: rounded cosine or sine, product, sum; and the reference's rounding. |cos|, |sin| <= 1.
+          const double tolerance = 4 * kUnit * (std::abs(x[i]) + std::abs(x[other]));
+          ExpectNear(actual[i], expected[i], tolerance, "head_dim " + std::to_string(head_dim));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, RopeAnglesFollowTheirInputs) {
+  // Same pointers and sizes, other contents: nothing remembered from the call before may be used.
+  std::vector<int32_t> positions = {1, 2, 3};
+  std::vector<float> frequency = {1.0f, 0.5f};
+  for (int change = 0; change < 3; ++change) {
+    if (change == 1) positions[1] = 7;
+    if (change == 2) frequency[1] = 0.25f;
+    std::vector<float> actual(12, 1.0f);
+    std::vector<float> expected(12, 1.0f);
+    cpu_->Rope({actual.data(), positions, frequency.data(), 1, 4});
+    reference_->Rope({expected.data(), positions, frequency.data(), 1, 4});
+    for (int i = 0; i < 12; ++i)
+      ExpectNear(actual[i], expected[i], 8 * kUnit, "change " + std::to_string(change));
+  }
+}
+
+TEST_P(OpParity, SwiGlu) {
+  for (const int64_t dim : {1, 17, 172, 5000}) {
+    for (const int64_t rows : {1, 3, 17}) {
+      std::vector<float> gate = Normals(random_, rows * dim);
+      for (float& g : gate) g *= 40.0f;  // far into both tails
+      gate[0] = -300.0f;
+      const std::vector<float> up = Normals(random_, rows * dim);
+      for (const bool in_place : {false, true}) {
+        std::vector<float> actual = in_place ? gate : Poison(rows * dim);
+        std::vector<float> expected = Poison(rows * dim);
+        cpu_->SwiGlu({in_place ? actual.data() : gate.data(), up.data(), actual.data(), rows, dim});
+        reference_->SwiGlu({gate.data(), up.data(), expected.data(), rows, dim});
+        for (int64_t i = 0; i < rows * dim; ++i) {
+          // Exp, sum, quotient, product, the reference's rounding. Below -88 the result is that of e^88,
+          // g·up·e^-88, with the same relative error, and the true one lies between 0 and it.
+          const double capped =
+              gate[i] < -88 ? std::abs(static_cast<double>(gate[i]) * up[i]) * std::exp(-88.0) : 0;
+          // Quotient, product and reference may be subnormal, where a rounding is absolute: at most 2^-150.
+          const double relative = kExpError + 4 * kUnit;
+          const double underflow = 0x1p-150 * (2 + std::abs(up[i]));
+          ExpectNear(actual[i], expected[i], relative * (std::abs(expected[i]) + capped) + capped + underflow,
+                     "gate " + std::to_string(gate[i]));
+        }
+      }
+    }
+  }
+}
+
+std::vector<CacheShape> CacheShapes() {
+  std::vector<CacheShape> shapes;
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const int head_dim : {6, 8, 40, 64, 128}) shapes.push_back({format, head_dim, 2, 16, 16});
+    shapes.push_back({format, 32, 3, 32, 64});
+    shapes.push_back({format, 24, 1, 64, 16});
+  }
+  return shapes;
+}
+
+TEST_P(OpParity, StoreKv) {
+  for (const CacheShape& shape : CacheShapes()) {
+    // A first token, a first chunk, a chunk in mid-block, a decode step, a step that touches many blocks.
+    CacheProblem problem(random_, shape, {{1, 1, 0}, {17, 17, 3}, {5, 30, 0}, {1, 33, 0}, {100, 177, 0}},
+                         false);
+    const size_t floats = static_cast<size_t>(problem.rows()) * shape.kv_heads * shape.head_dim;
+    const std::vector<float> key = Normals(random_, floats);
+    const std::vector<float> value = Normals(random_, floats);
+    const StoreKvArgs args{key.data(), value.data(), problem.sequences(), problem.pool(), shape.kv_heads};
+    const std::vector<std::byte> before = problem.bytes();
+    cpu_->StoreKv(args);
+    const std::vector<std::byte> actual = problem.bytes();
+    problem.bytes() = before;
+    reference_->StoreKv(args);
+    EXPECT_NE(problem.bytes(), before);
+    EXPECT_TRUE(actual == problem.bytes()) << Name(shape.format) << " head_dim " << shape.head_dim;
+  }
+}
+
+// Largest |score| contributions and values that one query can meet, for the bound below.
+struct Norms {
+  double score = 0;  // max_e scale·Σ|q_i·k_i| + |log_mass|
+  int entries = 0;
+  std::vector<double> value;  // max_e |v_i|
+};
+
+Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence& sequence, int kv_head,
+              const float* query, double scale) {
+  const int head_dim = problem.shape().head_dim;
+  Norms norms;
+  norms.value.resize(head_dim);
+  std::vector<float> key(head_dim), value(head_dim);
+  const auto add = [&](const KvPage& page, const BlockId* blocks, int count) {
+    for (int e = 0; e < count; ++e) {
+      float log_mass;
+      page.Load(pool.data + static_cast<size_t>(blocks[e / page.entries()]) * pool.block_bytes,
+                e % page.entries(), key.data(), value.data(), &log_mass);
+      if (std::isinf(log_mass)) continue;
+      double score = std::abs(log_mass);
+      for (int i = 0; i < head_dim; ++i) {
+        score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
+        norms.value[i] = std::max<double>(norms.value[i], std::abs(value[i]));
+      }
+      norms.score = std::max(norms.score, score);
+      ++norms.entries;
+    }
+  };
+  add(*pool.principal, sequence.heads[kv_head].principal, sequence.heads[kv_head].principal_entries);
+  add(*pool.exact, sequence.heads[kv_head].exact, sequence.exact_entries);
+  return norms;
+}
+
+// The bound for out_i = Σ p·v_i / Σ p, with p = exp(s - m), n entries of head size d, |s| <= S:
+//   a score: scaled query, d products, log mass:                      (d + 2)·u·S
+//   s - m, and the same for each change of the running maximum:      2·2·u·S
+//   so a weight p is wrong by that factor in the exponent, by exp's own error, and, once per slice of 16
+//   entries, by exp's error, and a product for shrinking:                        kExpError + (n/16 +
+//   1)·(kExpError + u) sums of n terms:                                                 n·u
+// Numerator and denominator each have this relative error against max_e|v_i|; the quotient and the reference
+// add 2·u.
+double AttentionTolerance(const Norms& norms, int head_dim, int i) {
+  const double slices = norms.entries / 16.0 + 2;  // the principal part may end in a partly filled slice
+  const double weight = (head_dim + 6) * kUnit * norms.score + kExpError + slices * (kExpError + kUnit);
+  return (2 * (weight + norms.entries * kUnit) + 2 * kUnit) * norms.value[i];
+}
+
+void CheckAttention(Random& random, Backend& cpu, Backend& reference, CacheProblem& problem, int group) {
+  const CacheShape& shape = problem.shape();
+  const int heads = shape.kv_heads * group;
+  const size_t floats = static_cast<size_t>(problem.rows()) * heads * shape.head_dim;
+  std::vector<float> query = Normals(random, floats);
+  for (float& q : query) q *= 2.0f;
+  std::vector<float> actual = Poison(floats);
+  std::vector<float> expected = Poison(floats);
+  const KvPool pool = problem.pool();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+  AttentionArgs args{query.data(), actual.data(), problem.sequences(), pool, heads, shape.kv_heads, scale};
+  cpu.Attention(args);
+  args.out = expected.data();
+  reference.Attention(args);
+  for (const KvSequence& sequence : problem.sequences()) {
+    for (int row = 0; row < sequence.rows; ++row) {
+      for (int head = 0; head < heads; ++head) {
+        const size_t at = (static_cast<size_t>(sequence.first_row + row) * heads + head) * shape.head_dim;
+        const Norms norms = NormsOf(problem, pool, sequence, head / group, &query[at], scale);
+        for (int i = 0; i < shape.head_dim; ++i) {
+          ExpectNear(actual[at + i], expected[at + i], AttentionTolerance(norms, shape.head_dim, i),
+                     std::string(Name(shape.format)) + " head_dim " + std::to_string(shape.head_dim) +
+                         " group " + std::to_string(group) + " row " + std::to_string(row));
+          if (::testing::Test::HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, AttentionOverShapes) {
+  for (const CacheShape& shape : CacheShapes()) {
+    for (const int group : {1, 4}) {
+      // Empty prefix, whole prompt, chunk in mid-block, decode at and beside block edges, with and without
+      // principals.
+      CacheProblem problem(
+          random_, shape, {{1, 1, 0}, {17, 17, 0}, {5, 30, 40}, {1, 32, 17}, {1, 33, 70}, {40, 45, 1}}, true);
+      CheckAttention(random_, *cpu_, *reference_, problem, group);
+      ASSERT_FALSE(HasFailure());
+    }
+  }
+}
+
+TEST_P(OpParity, AttentionOverGroups) {
+  for (int group = 1; group <= 9; ++group) {
+    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+      CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
+      CheckAttention(random_, *cpu_, *reference_, problem, group);
+      ASSERT_FALSE(HasFailure());
+    }
+  }
+}
+
+TEST_P(OpParity, AttentionWithMoreHeadsThanAPartHolds) {
+  CacheProblem problem(random_, {KvFormat::kF32, 8, 1, 16, 16}, {{3, 20, 5}}, true);
+  CheckAttention(random_, *cpu_, *reference_, problem, 40);
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryIsa, OpParity, ::testing::ValuesIn(CpuIsaNames()));
+
+}  // namespace
+}  // namespace atp

@@ -1,0 +1,140 @@
+#include "tests/kernels/op_problems.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "kernels/backend_factory.h"
+#include "kernels/dtype.h"
+
+namespace atp {
+
+uint64_t TestSeed() {
+  const char* fixed = std::getenv("ATP_TEST_SEED");
+  const uint64_t seed = fixed != nullptr ? std::strtoull(fixed, nullptr, 10) : std::random_device()();
+  std::printf("ATP_TEST_SEED=%llu\n", static_cast<unsigned long long>(seed));
+  return seed;
+}
+
+int UniformInt(Random& random, int low, int high) {
+  return std::uniform_int_distribution<int>(low, high)(random);
+}
+
+std::vector<float> Normals(Random& random, size_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+std::vector<float> Poison(size_t count) { return std::vector<float>(count, std::nanf("")); }
+
+float Matrix::At(int64_t row, int64_t col) const {
+  const std::byte* at = bytes.data() + static_cast<size_t>(row * view.cols + col) * SizeOf(view.dtype);
+  if (view.dtype == DType::kF32) {
+    float value;
+    std::memcpy(&value, at, sizeof(value));
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, sizeof(bits));
+  return view.dtype == DType::kBF16 ? BF16ToFloat(bits) : F16ToFloat(bits);
+}
+
+Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
+  Matrix matrix;
+  matrix.bytes.resize(static_cast<size_t>(rows * cols) * SizeOf(dtype));
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < rows * cols; ++i) {
+    const float value = normal(random);
+    // Sign and mantissa at random, exponent such that |value| < 4: subnormals included.
+    const auto half = static_cast<uint16_t>((random() & 0x83ffu) |
+                                            (static_cast<uint32_t>(UniformInt(random, 0, 16)) << 10));
+    const uint16_t bits = dtype == DType::kBF16 ? FloatToBF16(value) : half;
+    std::byte* at = matrix.bytes.data() + static_cast<size_t>(i) * SizeOf(dtype);
+    if (dtype == DType::kF32) {
+      std::memcpy(at, &value, sizeof(value));
+    } else {
+      std::memcpy(at, &bits, sizeof(bits));
+    }
+  }
+  matrix.view = {matrix.bytes.data(), dtype, rows, cols};
+  return matrix;
+}
+
+std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads) {
+  BackendOptions options;
+  options.threads = threads;
+  options.cpu_isa = isa;
+  return *MakeBackend(options);
+}
+
+CacheProblem::CacheProblem(Random& random, const CacheShape& shape,
+                           const std::vector<SequenceShape>& sequences, bool with_step)
+    : shape_(shape),
+      exact_(shape.format, shape.entries, shape.head_dim, false),
+      principal_(shape.format, shape.principal_entries_per_block, shape.head_dim, true),
+      block_bytes_(std::max(exact_.bytes(), principal_.bytes())) {
+  int blocks = 1;
+  for (const SequenceShape& sequence : sequences) {
+    blocks += shape.kv_heads * (sequence.exact_entries / shape.entries + 1 +
+                                sequence.max_principal / shape.principal_entries_per_block + 1);
+  }
+  pool_.assign(static_cast<size_t>(blocks) * block_bytes_, std::byte{0xff});  // NaN in fp32 and in bf16
+  for (int id = 0; id < blocks; ++id) free_.push_back(id);
+  std::shuffle(free_.begin(), free_.end(), random);
+  heads_.reserve(sequences.size());
+  for (const SequenceShape& sequence : sequences) {
+    std::vector<KvHeadBlocks>& heads = heads_.emplace_back(shape.kv_heads);
+    for (KvHeadBlocks& head : heads) {
+      FillPrincipal(random, head, UniformInt(random, 0, sequence.max_principal));
+      FillExact(random, head, sequence, with_step);
+    }
+    sequences_.push_back({rows_, sequence.rows, sequence.exact_entries, heads.data()});
+    rows_ += sequence.rows;
+  }
+}
+
+BlockId CacheProblem::TakeBlock() {
+  const BlockId id = free_.back();
+  free_.pop_back();
+  return id;
+}
+
+void CacheProblem::FillPrincipal(Random& random, KvHeadBlocks& head, int count) {
+  auto& table = *tables_.emplace_back(std::make_unique<std::vector<BlockId>>());
+  const int per_block = shape_.principal_entries_per_block;
+  for (int i = 0; i < count; ++i) {
+    if (i % per_block == 0) table.push_back(TakeBlock());
+    std::byte* block = pool_.data() + static_cast<size_t>(table.back()) * block_bytes_;
+    const bool padding = UniformInt(random, 0, 4) == 0;
+    const std::vector<float> key = padding ? Poison(shape_.head_dim) : Normals(random, shape_.head_dim);
+    const std::vector<float> value = padding ? Poison(shape_.head_dim) : Normals(random, shape_.head_dim);
+    const float log_mass = padding ? -std::numeric_limits<float>::infinity()
+                                   : std::log(static_cast<float>(UniformInt(random, 1, 100)));
+    principal_.Store(block, i % per_block, key.data(), value.data(), log_mass);
+  }
+  head.principal = table.data();
+  head.principal_entries = count;
+}
+
+void CacheProblem::FillExact(Random& random, KvHeadBlocks& head, const SequenceShape& sequence,
+                             bool with_step) {
+  auto& table = *tables_.emplace_back(std::make_unique<std::vector<BlockId>>());
+  const int written = with_step ? sequence.exact_entries : sequence.exact_entries - sequence.rows;
+  for (int i = 0; i < sequence.exact_entries; ++i) {
+    if (i % shape_.entries == 0) table.push_back(TakeBlock());
+    if (i >= written) continue;
+    std::byte* block = pool_.data() + static_cast<size_t>(table.back()) * block_bytes_;
+    const std::vector<float> key = Normals(random, shape_.head_dim);
+    const std::vector<float> value = Normals(random, shape_.head_dim);
+    exact_.Store(block, i % shape_.entries, key.data(), value.data());
+  }
+  head.exact = table.data();
+}
+
+}  // namespace atp

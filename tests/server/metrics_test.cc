@@ -1,0 +1,152 @@
+#include "server/metrics.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <map>
+#include <sstream>
+
+#include "tests/server/byte_tokenizer.h"
+#include "tests/server/fake_engine.h"
+
+namespace atp {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+class MetricsTest : public ::testing::Test {
+ protected:
+  MetricsTest() {
+    ServedModel model;
+    model.id = "tiny \"quoted\"";
+    model.max_context_tokens = 100;
+    model.vocab_size = 258;
+    model.device = "cpu test";
+    service_ = std::make_unique<GenerateService>(&engine_, &tokenizer_, *ChatTemplate::Create("plain"), model,
+                                                 Config());
+    service_->SetReady(true);
+  }
+  void FeedEverything() {
+    metrics_.Attach(service_.get());
+    metrics_.OnStep({30, 2, 3, absl::Milliseconds(40)});
+    metrics_.OnInterTokenLatency(absl::Milliseconds(20));
+    RequestReport report;
+    report.reason = FinishReason::kLength;
+    report.usage = {5, 7, 4};
+    report.queue_time = absl::Milliseconds(3);
+    report.time_to_first_token = absl::Milliseconds(70);
+    report.request_time = absl::Seconds(2);
+    metrics_.OnRequestFinished(report);
+    metrics_.OnResponse("http", "/v1/completions", "200", absl::Seconds(2));
+    metrics_.OnResponse("grpc", "/atp.v1.Inference/Generate", "INVALID_ARGUMENT", absl::Milliseconds(1));
+    metrics_.SetHttpConnections(3);
+  }
+  // Every family of the exposition and its type.
+  static std::map<std::string, std::string> Types(const std::string& text) {
+    std::map<std::string, std::string> types;
+    std::istringstream lines(text);
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::string hash, keyword, name, type;
+      if (words >> hash >> keyword >> name >> type && hash == "#" && keyword == "TYPE") types[name] = type;
+    }
+    return types;
+  }
+  // The first two columns of the table in docs/metrics.md.
+  static std::map<std::string, std::string> Documented() {
+    std::map<std::string, std::string> types;
+    std::ifstream file(ATP_SOURCE_DIR "/docs/metrics.md");
+    EXPECT_TRUE(file.good()) << "docs/metrics.md";
+    for (std::string line; std::getline(file, line);) {
+      if (line.rfind("| `", 0) != 0) continue;
+      const size_t end = line.find('`', 3);
+      const size_t type = line.find("| ", end) + 2;
+      types[line.substr(3, end - 3)] = line.substr(type, line.find(" |", type) - type);
+    }
+    return types;
+  }
+
+  testing::FakeEngine engine_;
+  testing::ByteTokenizer tokenizer_;
+  std::unique_ptr<GenerateService> service_;
+  Metrics metrics_;
+};
+
+TEST_F(MetricsTest, DocumentationAndExpositionAgree) {
+  FeedEverything();
+  const std::map<std::string, std::string> documented = Documented();
+  EXPECT_GT(documented.size(), 25u);
+  EXPECT_EQ(Types(metrics_.Render()), documented);
+}
+
+TEST_F(MetricsTest, EveryFamilyHasHelpAndAProperName) {
+  FeedEverything();
+  const std::string text = metrics_.Render();
+  for (const auto& [name, type] : Types(text)) {
+    EXPECT_THAT(text, HasSubstr("# HELP " + name + " "));
+    const bool prefixed =
+        name.rfind("atp_", 0) == 0 || name.rfind("vllm:", 0) == 0 || name.rfind("process_", 0) == 0;
+    EXPECT_TRUE(prefixed) << name;
+    const bool is_total = name.size() > 6 && name.compare(name.size() - 6, 6, "_total") == 0;
+    EXPECT_EQ(is_total, type == "counter") << name;
+  }
+}
+
+TEST_F(MetricsTest, RequestsAndStepsAreCounted) {
+  FeedEverything();
+  const std::string text = metrics_.Render();
+  for (const char* line : {
+           "atp_prompt_tokens_total 5\n",
+           "atp_generation_tokens_total 7\n",
+           "atp_requests_finished_total{reason=\"length\"} 1\n",
+           "atp_requests_finished_total{reason=\"stop\"} 0\n",
+           "atp_time_to_first_token_seconds_count 1\n",
+           "atp_time_to_first_token_seconds_bucket{le=\"0.06\"} 0\n",
+           "atp_time_to_first_token_seconds_bucket{le=\"0.08\"} 1\n",
+           "atp_queue_time_seconds_bucket{le=\"0.005\"} 1\n",
+           "atp_request_duration_seconds_sum 2\n",
+           "atp_inter_token_latency_seconds_count 1\n",
+           "atp_batch_size_sum 3\n",
+           "atp_step_tokens_sum 32\n",
+           "atp_step_duration_seconds_count 1\n",
+           "atp_http_connections 3\n",
+           "atp_http_request_duration_seconds_count{route=\"/v1/completions\"} 1\n",
+           "atp_grpc_request_duration_seconds_count{route=\"/atp.v1.Inference/Generate\"} 1\n",
+       }) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+  EXPECT_THAT(
+      text,
+      HasSubstr("code=\"INVALID_ARGUMENT\",route=\"/atp.v1.Inference/Generate\",transport=\"grpc\"} 1\n"));
+}
+
+TEST_F(MetricsTest, ARequestWithoutATokenHasNoTimeToFirstToken) {
+  RequestReport report;
+  report.reason = FinishReason::kCancelled;
+  metrics_.OnRequestFinished(report);
+  const std::string text = metrics_.Render();
+  EXPECT_THAT(text, HasSubstr("atp_time_to_first_token_seconds_count 0\n"));
+  EXPECT_THAT(text, HasSubstr("atp_request_duration_seconds_count 1\n"));
+  EXPECT_THAT(text, HasSubstr("atp_requests_finished_total{reason=\"cancelled\"} 1\n"));
+}
+
+TEST_F(MetricsTest, GaugesAreReadFromTheEngineAtScrapeTime) {
+  EXPECT_THAT(metrics_.Render(),
+              Not(HasSubstr("atp_kv_cache_blocks")));  // no model yet: not zero, but absent
+  metrics_.Attach(service_.get());
+  const std::string text = metrics_.Render();
+  for (const char* line : {"atp_ready 1\n", "atp_kv_cache_blocks 100\n", "atp_kv_cache_usage_ratio 0\n",
+                           "atp_preemptions_total 3\n", "atp_prefix_cache_queried_tokens_total 40\n",
+                           "atp_prefix_cache_hit_tokens_total 10\n", "atp_build_info{version=\"",
+                           "vllm:num_requests_waiting{model_name=\"tiny \\\"quoted\\\"\"} 0\n"}) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+  EXPECT_THAT(text, HasSubstr("device=\"cpu test\""));
+  service_->SetReady(false);
+  EXPECT_THAT(metrics_.Render(), HasSubstr("atp_ready 0\n"));
+}
+
+}  // namespace
+}  // namespace atp
