@@ -94,4 +94,11 @@ void KvPage::Load(const std::byte* block, int entry, float* key, float* value, f
   }
 }
 
+QueryPage::QueryPage(size_t block_bytes, int samples, int head_dim)
+    : samples_(samples),
+      head_dim_(head_dim),
+      per_block_(static_cast<int>(block_bytes / (static_cast<size_t>(head_dim) * sizeof(uint16_t)))) {
+  ABSL_ASSERT(samples > 0 && head_dim > 0 && per_block_ > 0);
+}
+
 }  // namespace atp

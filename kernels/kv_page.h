@@ -1,11 +1,11 @@
 // The byte layout of one KV block, for every KvFormat. Nobody else computes an offset inside a block.
 //
-// One block holds `entries` cache entries of ONE kv head of ONE layer. An entry is (key[d], value[d], log_mass):
-// a token's entry has log_mass 0, so exact blocks leave it out; principal blocks store it.
+// One block holds `entries` cache entries of ONE kv head of ONE layer. An entry is (key[d], value[d],
+// log_mass): a token's entry has log_mass 0, so exact blocks leave it out; principal blocks store it.
 //
-//   keys      [head_dim, entries]   dimension-major: the scores of all entries of a block are one vector per dimension
-//   values    [entries, head_dim]   entry-major: a weighted sum of values streams rows
-//   log_mass  float[entries]        principal blocks only; -inf pads an entry that is not there
+//   keys      [head_dim, entries]   dimension-major: the scores of all entries of a block are one vector per
+//   dimension values    [entries, head_dim]   entry-major: a weighted sum of values streams rows log_mass
+//   float[entries]        principal blocks only; -inf pads an entry that is not there
 #ifndef ATP_KERNELS_KV_PAGE_H_
 #define ATP_KERNELS_KV_PAGE_H_
 
@@ -51,6 +51,27 @@ class KvPage {
   size_t value_offset_;
   size_t log_mass_offset_;
   size_t bytes_;
+};
+
+// Kept queries of one query head of one layer: bf16 [samples, head_dim], over as many blocks of the pool as
+// that takes.
+class QueryPage {
+ public:
+  QueryPage(size_t block_bytes, int samples, int head_dim);
+
+  int samples() const { return samples_; }
+  int head_dim() const { return head_dim_; }
+  int blocks_per_head() const { return (samples_ + per_block_ - 1) / per_block_; }
+  // Where sample s lies: block s / per_block() of the head, this many bytes into it.
+  int per_block() const { return per_block_; }
+  size_t offset(int sample) const {
+    return static_cast<size_t>(sample % per_block_) * static_cast<size_t>(head_dim_) * sizeof(uint16_t);
+  }
+
+ private:
+  int samples_;
+  int head_dim_;
+  int per_block_;
 };
 
 }  // namespace atp

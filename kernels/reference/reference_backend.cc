@@ -7,6 +7,8 @@
 
 #include "kernels/dtype.h"
 #include "kernels/host_memory.h"
+#include "kernels/principal_segment.h"
+#include "kernels/reference/principal_fit.h"
 
 namespace atp {
 namespace {
@@ -180,6 +182,20 @@ class ReferenceBackend final : public Backend {
           }
         }
       }
+    }
+  }
+
+  void StoreQueries(const StoreQueriesArgs& args) override {
+    for (const QuerySampleRow& row : args.rows) StoreQuerySample(args, row);
+  }
+
+  void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
+    PrincipalSegment segment;
+    for (size_t i = 0; i < args.jobs.size(); ++i) {
+      segment.Gather(args, args.jobs[i]);
+      ReferenceFitPrincipal(segment.problem(), segment.fit());
+      segment.Scatter(args, args.jobs[i]);
+      args.reports[i] = segment.report();
     }
   }
 };
