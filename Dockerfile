@@ -15,7 +15,8 @@ FROM debian:bookworm-slim
 # The packages of the shared libraries that the binary names; tests/deploy checks this list against the binary.
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      libgrpc++1.51 \
+      libabsl20220623 libfmt9 libgrpc++1.51 libgrpc29 libhwy1 libicu72 libpcre2-8-0 libprometheus-cpp-core1.0 \
+      libsentencepiece0 libspdlog1.10 libssl3 libyaml-cpp0.7 zlib1g \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /src/build/cpu-release/atp /usr/local/bin/atp
 COPY --from=build /src/LICENSE /usr/share/doc/atp/LICENSE

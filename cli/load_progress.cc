@@ -23,7 +23,7 @@ LoadProgressBar::LoadProgressBar(std::string what)
     : what_(std::move(what)),
       terminal_(isatty(STDERR_FILENO) == 1),
       started_(absl::Now()),
-      shown_(started_) {}
+      shown_(terminal_ ? absl::InfinitePast() : started_) {}
 
 LoadProgressBar::~LoadProgressBar() {
   if (drawn_) std::fputs("\r\x1b[K", stderr);  // the start line says what was loaded

@@ -14,7 +14,7 @@ int Run(int argc, char** argv) {
   int exit_code = 0;
   CLI::App app("atp: a server for large language models, and its offline tools", "atp");
   app.set_version_flag("--version", "atp " + std::string(AtpVersion()), "print the version");
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);  // none is told below, so that a misspelled one is named
   app.get_formatter()->column_width(38);
   app.footer(
       "atp <command> --help shows its flags with units and defaults.\n"
@@ -29,6 +29,10 @@ int Run(int argc, char** argv) {
     // Help and version end here, too, with code 0; all others are bad arguments.
     if (error.get_exit_code() == 0) return app.exit(error);
     std::fprintf(stderr, "atp: %s\n", error.what());
+    return 2;
+  }
+  if (app.get_subcommands().empty()) {
+    std::fprintf(stderr, "atp: a command is required: serve, generate, eval or bench (atp --help)\n");
     return 2;
   }
   return exit_code;

@@ -62,7 +62,8 @@ void SettingsFlags::Add(const std::string& flag, const std::string& key) {
             stored->given = true;
           },
           absl::StrCat(help.meaning, " (default: ", help.default_value, ")"))
-      ->option_text("VALUE");
+      ->option_text("VALUE")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
 }
 
 void SettingsFlags::AddModelFlags() {

@@ -22,7 +22,7 @@ struct BpeParts {
   std::vector<AddedToken> added_tokens;
   Normalizer normalizer;
   PreTokenizer pre_tokenizer;
-  std::string space = "";  // what a token writes instead of " " ("▁"); "" when it writes bytes
+  std::string space;  // what a token writes instead of " " ("▁"); "" when it writes bytes
   bool strips_leading_space = false;
   TokenizerDefaults defaults;
 };

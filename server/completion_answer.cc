@@ -65,12 +65,7 @@ class CompletionAnswer::PromptSink final : public OutputSink {
 
 CompletionAnswer::CompletionAnswer(GenerateService* service, const CompletionCall& call,
                                    std::function<void()> wake)
-    : service_(service),
-      wake_(std::move(wake)),
-      stream_(call.stream),
-      answers_per_prompt_(call.sampling.n),
-      choices_(call.prompts.size() * call.sampling.n),
-      unfinished_(choices_.size()) {
+    : service_(service), wake_(std::move(wake)), stream_(call.stream), answers_per_prompt_(call.sampling.n) {
   // A random id of its own: x-request-id is the client's and need not be unique.
   const std::string unique = NewRequestId();
   header_.chat = call.chat;
@@ -80,11 +75,10 @@ CompletionAnswer::CompletionAnswer(GenerateService* service, const CompletionCal
   header_.id = absl::StrCat(call.chat ? "chatcmpl-" : "cmpl-", unique.substr(unique.find('-') + 1));
   header_.created_unix_seconds = absl::ToUnixSeconds(absl::Now());
   header_.model = service->model().id;
-  const bool strip = call.echo && service->tokenizer().strips_leading_space();
-  for (size_t i = 0; i < choices_.size(); ++i) {
-    choices_[i].pending.index = static_cast<int>(i);
-    choices_[i].position.strip_space = strip;
-  }
+  choices_.assign(call.prompts.size() * call.sampling.n,
+                  Choice(TextPosition(&service->tokenizer(), call.echo)));
+  for (size_t i = 0; i < choices_.size(); ++i) choices_[i].pending.index = static_cast<int>(i);
+  unfinished_ = choices_.size();
 }
 
 absl::StatusOr<std::shared_ptr<CompletionAnswer>> CompletionAnswer::Start(GenerateService* service,

@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -37,6 +38,8 @@ class CompletionAnswer final : public PendingAnswer, public std::enable_shared_f
   class PromptSink;
 
   struct Choice {
+    explicit Choice(TextPosition start) : position(std::move(start)) {}
+
     ChoicePiece pending;  // not rendered yet
     bool dirty = false;   // in dirty_
     bool begun = false;   // the role chunk is out
@@ -65,7 +68,7 @@ class CompletionAnswer final : public PendingAnswer, public std::enable_shared_f
   std::mutex mutex_;  // guards all below
   std::vector<Choice> choices_;
   std::vector<int> dirty_;  // choices with something pending
-  size_t unfinished_;
+  size_t unfinished_ = 0;
   size_t pending_bytes_ = 0;
   absl::Status failure_;
   Usage usage_;

@@ -1,5 +1,6 @@
 #include "server/http_sessions.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace atp {
@@ -15,13 +16,14 @@ constexpr int kMaxRefusals = 64;
 }  // namespace
 
 HttpSessions::Presence::Presence(HttpSessions* sessions) : sessions_(sessions) {
-  absl::MutexLock lock(&sessions_->mutex_);
+  std::lock_guard<std::mutex> lock(sessions_->mutex_);
   ++sessions_->present_;
 }
 
 HttpSessions::Presence::~Presence() {
-  absl::MutexLock lock(&sessions_->mutex_);
-  --sessions_->present_;
+  std::lock_guard<std::mutex> lock(sessions_->mutex_);
+  if (--sessions_->present_ == 0)
+    sessions_->gone_.notify_all();  // under the lock: the owner may go right after
 }
 
 void HttpSessions::Accept(asio::ip::tcp::socket socket) {
@@ -31,7 +33,7 @@ void HttpSessions::Accept(asio::ip::tcp::socket socket) {
   std::shared_ptr<HttpConnection> session = NewHttpSession(std::move(socket), this);
   int open = 0;
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (draining_ || static_cast<int>(open_.size()) >= max_connections_ + kMaxRefusals) {
       open = -1;
     } else {
@@ -45,26 +47,26 @@ void HttpSessions::Accept(asio::ip::tcp::socket socket) {
 }
 
 void HttpSessions::Drain() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   draining_ = true;
   for (const auto& session : open_) session->Drain();
 }
 
 void HttpSessions::CloseAll() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& session : open_) session->Kill();
 }
 
 bool HttpSessions::WaitUntilGone(absl::Duration timeout) {
-  absl::MutexLock lock(&mutex_);
-  const auto gone = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return present_ == 0; };
-  return mutex_.AwaitWithTimeout(absl::Condition(&gone), timeout);
+  std::unique_lock<std::mutex> lock(mutex_);
+  return gone_.wait_for(lock, absl::ToChronoMilliseconds(std::min(timeout, absl::Hours(24))),
+                        [this] { return present_ == 0; });
 }
 
 void HttpSessions::Remove(const std::shared_ptr<HttpConnection>& session) {
   int open = 0;
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     open_.erase(session);  // the caller still holds it
     open = static_cast<int>(open_.size());
   }

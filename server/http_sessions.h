@@ -5,11 +5,11 @@
 
 #include <atomic>
 #include <boost/asio/ip/tcp.hpp>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <unordered_set>
 
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "config/config.h"
 #include "server/http_router.h"
@@ -78,9 +78,10 @@ class HttpSessions {
   const bool report_connections_;
   std::atomic<bool> draining_{false};
 
-  absl::Mutex mutex_;
-  std::unordered_set<std::shared_ptr<HttpConnection>> open_ ABSL_GUARDED_BY(mutex_);
-  int present_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::mutex mutex_;  // guards all below
+  std::condition_variable gone_;
+  std::unordered_set<std::shared_ptr<HttpConnection>> open_;
+  int present_ = 0;
 };
 
 }  // namespace atp

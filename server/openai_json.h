@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "config/config.h"
+#include "engine/detokenizer.h"
 #include "engine/request.h"
 #include "engine/tokenizer.h"
 #include "server/chat_template.h"
@@ -63,11 +64,20 @@ struct AnswerHeader {
   std::string model;
 };
 
-// Where in the text the next token's text begins, in characters (code points): OpenAI's text_offset.
-struct TextPosition {
-  int64_t offset = 0;
-  bool strip_space =
-      false;  // the text has lost the leading space of its first token (an echoed SentencePiece prompt)
+// Where in a choice's text the next token's text begins, in characters (code points): OpenAI's text_offset.
+// Tokens are turned into text again as the engine did it, because a token's bytes and its text are not always
+// the same (spaces that the tokenizer put there, UTF-8 sequences over several tokens).
+class TextPosition {
+ public:
+  // `echo`: the text begins with the prompt.
+  TextPosition(const Tokenizer* tokenizer, bool echo);
+
+  int64_t offset() const { return offset_; }
+  void Advance(const TokenLogprob& token);
+
+ private:
+  Detokenizer detokenizer_;
+  int64_t offset_ = 0;
 };
 
 // New text of one choice; of a whole answer, all its text.

@@ -40,14 +40,6 @@ ordered_json Number(float logprob) {
   return std::isfinite(logprob) ? ordered_json(logprob) : ordered_json(-9999.0);
 }
 
-void Advance(const Tokenizer& tokenizer, TokenId token, TextPosition* position) {
-  const std::string bytes = tokenizer.TokenBytes(token, /*keep_special=*/false);
-  if (bytes.empty()) return;
-  const auto begins_code_point = [](unsigned char byte) { return (byte & 0xC0) != 0x80; };
-  position->offset += std::count_if(bytes.begin(), bytes.end(), begins_code_point);
-  if (std::exchange(position->strip_space, false) && bytes.front() == ' ') --position->offset;
-}
-
 ordered_json LegacyLogprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
                             TextPosition* position) {
   ordered_json tokens = ordered_json::array();
@@ -58,8 +50,8 @@ ordered_json LegacyLogprobs(const AnswerHeader& header, const ChoicePiece& piece
     const std::string text = LegacyTokenText(tokenizer.TokenBytes(item.token, /*keep_special=*/true));
     tokens.push_back(text);
     values.push_back(Number(item.logprob));
-    offsets.push_back(position->offset);
-    Advance(tokenizer, item.token, position);
+    offsets.push_back(position->offset());
+    position->Advance(item);
     if (std::isnan(item.logprob)) {  // the first token of an echoed prompt
       tops.push_back(nullptr);
       continue;
@@ -180,6 +172,15 @@ ordered_json ModelObject(const ModelCard& model) {
 }
 
 }  // namespace
+
+TextPosition::TextPosition(const Tokenizer* tokenizer, bool echo)
+    : detokenizer_(tokenizer, /*continues_text=*/!echo) {}
+
+void TextPosition::Advance(const TokenLogprob& token) {
+  const std::string text = detokenizer_.Append(token.token);
+  offset_ +=
+      std::count_if(text.begin(), text.end(), [](unsigned char byte) { return (byte & 0xC0) != 0x80; });
+}
 
 int HttpStatusOf(const absl::Status& status) {
   switch (status.code()) {

@@ -1,6 +1,7 @@
 // How fast each op of the cpu backend is on this machine, as one JSON object. kernels_bench [isa] [threads]
 //
 // "gflops" counts 2 per multiply-add. "gbps" counts the weights or cache entries that an op must read once.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>

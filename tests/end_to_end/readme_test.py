@@ -43,6 +43,16 @@ class Readme(unittest.TestCase):
         for part in ("curl", "from openai import OpenAI", "grpc", "generate", "eval", "bench"):
             self.assertIn(part, everything)
 
+    def test_links_lead_somewhere(self):
+        for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md"):
+            path = os.path.join(source_dir(), document)
+            with open(path, encoding="utf-8") as file:
+                links = re.findall(r"\]\(([^)#]+)[^)]*\)", file.read())
+            for link in links:
+                if not link.startswith("http"):
+                    with self.subTest(document=document, link=link):
+                        self.assertTrue(os.path.exists(os.path.join(os.path.dirname(path), link)))
+
     def test_examples_run(self):
         with Server() as server, tempfile.TemporaryDirectory() as work:
             for number, (needs, language, code) in enumerate(examples()):

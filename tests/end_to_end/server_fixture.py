@@ -99,14 +99,13 @@ class Server:
         return self.start()
 
     def __exit__(self, kind, value, traceback):
-        try:
+        if kind is None:
             self.stop()
-        except BaseException:
-            if kind is None:
-                raise
-        finally:
-            if kind is not None:
-                self.show_log()
+            return
+        # The test has failed already: what matters is why, and that nothing is left behind.
+        self.show_log()
+        self.kill()
+        self._log.close()
 
     def start(self):
         # Another program may take a port between finding it free and using it: then once more.
@@ -124,6 +123,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.metrics_url = f"http://127.0.0.1:{self.metrics_port}"
         self.grpc_target = f"127.0.0.1:{self.grpc_port}"
+        self._signalled = False
         self._log = tempfile.NamedTemporaryFile(prefix="atp-serve-", suffix=".log")
         command = [binary(), "serve", "--model", self.model_dir, "--http-port", str(self.http_port),
                    "--grpc-port", str(self.grpc_port), "--metrics-port", str(self.metrics_port)]
@@ -155,6 +155,7 @@ class Server:
         print("---- the server's last lines ----", *lines, sep="\n", file=sys.stderr)
 
     def signal(self, number=signal.SIGTERM):
+        self._signalled = True
         self.process.send_signal(number)
 
     def wait(self, timeout_s=STOP_TIMEOUT_S):
@@ -167,19 +168,22 @@ class Server:
             raise AssertionError(f"the server did not end within {timeout_s} s") from None
 
     def kill(self):
-        if self.process and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
 
     def stop(self):
         if self.process is None:
             return
-        if self.process.poll() is None:
+        # A second signal would say: not so gently.
+        if self.process.poll() is None and not self._signalled:
             self.signal(signal.SIGTERM)
         code = self.wait()
         self.process = None
         if code != self.expected_exit:
             self.show_log()
+        self._log.close()
+        if code != self.expected_exit:
             raise AssertionError(f"the server ended with {code}, expected {self.expected_exit}")
 
     def threads(self):

@@ -1,6 +1,5 @@
-// The whole engine on the default model and the cpu backend. The central promise: a request with a seed gives
-// the same tokens and log probabilities, bit for bit, whatever else runs and however the scheduler cuts and
-// repeats the work.
+// The whole engine on the default model and the cpu backend. That answers do not depend on the batch:
+// batch_invariance_test.
 #include "engine/batching_engine.h"
 
 #include <gmock/gmock.h>
@@ -8,56 +7,18 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "absl/time/clock.h"
-#include "kernels/backend_factory.h"
-#include "tests/engine/recording_sink.h"
+#include "tests/engine/default_model_engine.h"
 
 namespace atp {
 namespace {
 
 using testing::HasSubstr;
-using Answer = RecordingSink::Answer;
-
-constexpr char kModelDir[] = ATP_SOURCE_DIR "/models/default";
-
-// Passes everything on to another backend, and fails when it is told to, as a lost device would.
-class FailingBackend : public Backend {
- public:
-  explicit FailingBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
-  std::atomic<bool> broken{false};
-
-  std::string Description() const override { return backend_->Description(); }
-  bool Supports(const OpDesc& desc) const override { return backend_->Supports(desc); }
-  absl::StatusOr<Buffer> Allocate(size_t bytes) override { return backend_->Allocate(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return backend_->LoadWeight(host); }
-  void CopyToDevice(void* device, const void* host, size_t bytes) override {
-    backend_->CopyToDevice(device, host, bytes);
-  }
-  void CopyToHost(void* host, const void* device, size_t bytes) override {
-    backend_->CopyToHost(host, device, bytes);
-  }
-  void GatherRows(const GatherRowsArgs& args) override { backend_->GatherRows(args); }
-  void MatMul(const MatMulArgs& args) override { backend_->MatMul(args); }
-  void RmsNorm(const RmsNormArgs& args) override { backend_->RmsNorm(args); }
-  void Rope(const RopeArgs& args) override { backend_->Rope(args); }
-  void SwiGlu(const SwiGluArgs& args) override { backend_->SwiGlu(args); }
-  void StoreKv(const StoreKvArgs& args) override { backend_->StoreKv(args); }
-  void Attention(const AttentionArgs& args) override { backend_->Attention(args); }
-  absl::Status Synchronize() override {
-    if (broken) return absl::InternalError("the device fell off the bus");
-    return backend_->Synchronize();
-  }
-
- private:
-  std::unique_ptr<Backend> backend_;
-};
 
 class CountingObserver : public EngineObserver {
  public:
@@ -74,198 +35,6 @@ class CountingObserver : public EngineObserver {
   std::atomic<int> steps{0}, prefill_tokens{0}, decode_tokens{0}, intervals{0}, finished{0},
       completion_tokens{0};
 };
-
-class BatchingEngineTest : public testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend({});
-    ASSERT_TRUE(backend.ok()) << backend.status();
-    backend_ = new FailingBackend(*std::move(backend));
-    ModelLimits limits;
-    limits.max_batch_rows = 256;
-    limits.max_logit_rows = 32;
-    absl::StatusOr<std::unique_ptr<LlamaModel>> model =
-        LlamaModel::Load(kModelDir, backend_, limits, nullptr);
-    ASSERT_TRUE(model.ok()) << model.status();
-    model_ = model->release();
-    absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
-        LoadTokenizer(kModelDir, model_->config().vocab_size);
-    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-    tokenizer_ = tokenizer->release();
-  }
-  static void TearDownTestSuite() {
-    delete tokenizer_;
-    delete model_;
-    delete backend_;
-  }
-  void SetUp() override { ASSERT_NE(tokenizer_, nullptr); }
-
-  static BatchingEngineOptions Options(int kv_tokens = 4096) {
-    BatchingEngineOptions options;
-    options.kv_memory_bytes = static_cast<size_t>(kv_tokens) * BytesPerToken();
-    options.eos_token_ids = model_->config().eos_token_ids;
-    return options;
-  }
-  static size_t BytesPerToken() {
-    const LlamaConfig& config = model_->config();
-    const KvPage page(KvFormat::kF32, 16, config.head_dim, false);
-    return page.bytes() / 16 * static_cast<size_t>(config.layers) * static_cast<size_t>(config.kv_heads);
-  }
-  static std::unique_ptr<BatchingEngine> Make(const BatchingEngineOptions& options,
-                                              EngineObserver* observer = nullptr) {
-    absl::StatusOr<std::unique_ptr<BatchingEngine>> engine =
-        BatchingEngine::Create(backend_, model_, tokenizer_, options, observer);
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    return *std::move(engine);
-  }
-
-  static Request Ask(std::string_view prompt, int max_tokens, uint64_t seed = 1) {
-    Request request;
-    request.prompt = tokenizer_->Encode(prompt, /*add_special=*/true, /*parse_special=*/false);
-    request.sampling.max_tokens = max_tokens;
-    request.sampling.seed = seed;
-    request.sampling.ignore_eos = true;
-    return request;
-  }
-  static Request Sampled(std::string_view prompt, int max_tokens, uint64_t seed) {
-    Request request = Ask(prompt, max_tokens, seed);
-    request.sampling.temperature = 0.9f;
-    request.sampling.top_p = 0.95f;
-    request.sampling.top_k = 100;
-    request.sampling.repetition_penalty = 1.1f;
-    request.sampling.logprobs = 3;
-    return request;
-  }
-  static std::shared_ptr<RecordingSink> Submit(Engine* engine, const Request& request) {
-    auto sink = std::make_shared<RecordingSink>(request.sampling.n);
-    const absl::StatusOr<RequestId> id = engine->Submit(request, sink);
-    EXPECT_TRUE(id.ok()) << id.status();
-    return sink;
-  }
-  static void ExpectNothingLeft(Engine* engine) {
-    EXPECT_EQ(engine->Drain(absl::InfiniteDuration()), absl::OkStatus());
-    const EngineStats stats = engine->Stats();
-    EXPECT_EQ(stats.requests_running, 0);
-    EXPECT_EQ(stats.requests_waiting, 0);
-    EXPECT_EQ(stats.kv_blocks_used, 0);
-  }
-
-  static inline FailingBackend* backend_ = nullptr;
-  static inline LlamaModel* model_ = nullptr;
-  static inline Tokenizer* tokenizer_ = nullptr;
-};
-
-bool SameBits(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
-
-void ExpectSame(const Answer& expected, const Answer& actual) {
-  ASSERT_EQ(expected.tokens, actual.tokens);
-  EXPECT_EQ(expected.text, actual.text);
-  ASSERT_EQ(expected.logprobs.size(), actual.logprobs.size());
-  for (size_t i = 0; i < expected.logprobs.size(); ++i) {
-    const TokenLogprob& e = expected.logprobs[i];
-    const TokenLogprob& a = actual.logprobs[i];
-    ASSERT_TRUE(SameBits(e.logprob, a.logprob)) << "token " << i << ": " << e.logprob << " and " << a.logprob;
-    ASSERT_EQ(e.top.size(), a.top.size());
-    for (size_t k = 0; k < e.top.size(); ++k) {
-      ASSERT_EQ(e.top[k].first, a.top[k].first);
-      ASSERT_TRUE(SameBits(e.top[k].second, a.top[k].second));
-    }
-  }
-}
-
-// A prompt of several blocks.
-constexpr char kStory[] =
-    "It was a bright morning in the early spring, and the whole village had come down to the river to see "
-    "the boats "
-    "go out. The old captain stood upon the pier with his hands behind his back, and said nothing to "
-    "anybody.";
-
-class BatchInvarianceTest : public BatchingEngineTest {
- protected:
-  Answer Alone() {
-    std::unique_ptr<BatchingEngine> engine = Make(Options());
-    return Submit(engine.get(), Sampled(kStory, 40, 7))->WaitOne();
-  }
-};
-
-TEST_F(BatchInvarianceTest, InABatchOfSixteen) {
-  const Answer alone = Alone();
-  EXPECT_EQ(alone.tokens.size(), 40u);
-  EXPECT_EQ(alone.logprobs.size(), 40u);
-  std::unique_ptr<BatchingEngine> engine = Make(Options());
-  std::vector<std::shared_ptr<RecordingSink>> others;
-  std::shared_ptr<RecordingSink> sink;
-  for (int i = 0; i < 16; ++i) {
-    if (i == 9) {
-      sink = Submit(engine.get(), Sampled(kStory, 40, 7));
-    } else {
-      const std::string prompt(static_cast<size_t>(10 + 37 * i), static_cast<char>('a' + i));
-      others.push_back(Submit(engine.get(), Sampled(prompt, 5 + 4 * i, 100 + i)));
-    }
-  }
-  ExpectSame(alone, sink->WaitOne());
-  for (auto& other : others) other->Wait();
-  ExpectNothingLeft(engine.get());
-}
-
-TEST_F(BatchInvarianceTest, AfterPreemption) {
-  const Answer alone = Alone();
-  BatchingEngineOptions options = Options(160);  // room for one and a half of them
-  options.prefix_cache = false;                  // so that all is computed again
-  std::unique_ptr<BatchingEngine> engine = Make(options);
-  std::vector<std::shared_ptr<RecordingSink>> sinks;
-  for (int i = 0; i < 4; ++i) sinks.push_back(Submit(engine.get(), Sampled(kStory, 40, 7)));
-  for (auto& sink : sinks) ExpectSame(alone, sink->WaitOne());
-  // A higher class takes the place of a running one: preemption for certain, whatever the lengths.
-  options.max_running_sequences = 1;
-  engine = Make(options);
-  auto low = Submit(engine.get(), Sampled(kStory, 40, 7));
-  low->WaitForDeltas(5);
-  Request urgent = Sampled("Help", 3, 1);
-  urgent.priority = 1;
-  auto high = Submit(engine.get(), urgent);
-  high->Wait();
-  ExpectSame(alone, low->WaitOne());
-  EXPECT_GE(engine->Stats().preemptions_total, 1u);
-  ExpectNothingLeft(engine.get());
-}
-
-TEST_F(BatchInvarianceTest, AfterRunningOutOfBlocks) {
-  BatchingEngineOptions options = Options(96);
-  options.prefix_cache = false;
-  std::unique_ptr<BatchingEngine> engine = Make(options);
-  const Answer first = Submit(engine.get(), Sampled("Once upon a time", 70, 3))->WaitOne();
-  std::vector<std::shared_ptr<RecordingSink>> sinks;
-  for (int i = 0; i < 6; ++i) sinks.push_back(Submit(engine.get(), Sampled("Once upon a time", 70, 3)));
-  for (auto& sink : sinks) ExpectSame(first, sink->WaitOne());
-  EXPECT_GE(engine->Stats().preemptions_total, 1u);
-  ExpectNothingLeft(engine.get());
-}
-
-TEST_F(BatchInvarianceTest, WithAPrefixCacheHit) {
-  const Answer alone = Alone();
-  std::unique_ptr<BatchingEngine> engine = Make(Options());
-  ExpectSame(alone, Submit(engine.get(), Sampled(kStory, 40, 7))->WaitOne());
-  const Answer again = Submit(engine.get(), Sampled(kStory, 40, 7))->WaitOne();
-  EXPECT_GE(again.finish.usage.cached_tokens, 32);
-  EXPECT_EQ(again.finish.usage.cached_tokens % 16, 0);
-  EXPECT_LT(again.finish.usage.cached_tokens, again.finish.usage.prompt_tokens);
-  ExpectSame(alone, again);
-  EXPECT_GE(engine->Stats().prefix_cache_hits_tokens_total, 32u);
-}
-
-TEST_F(BatchInvarianceTest, WithAnyChunks) {
-  const Answer alone = Alone();
-  for (int chunk : {1, 3, 16, 23}) {
-    BatchingEngineOptions options = Options();
-    options.max_prefill_chunk_tokens = chunk;
-    options.max_batch_tokens = 24;
-    std::unique_ptr<BatchingEngine> engine = Make(options);
-    auto other = Submit(engine.get(), Sampled("Another one runs beside it", 60, 2));
-    ExpectSame(alone, Submit(engine.get(), Sampled(kStory, 40, 7))->WaitOne());
-    other->Wait();
-  }
-}
 
 TEST_F(BatchingEngineTest, GreedyIsTheSameForEverySeed) {
   std::unique_ptr<BatchingEngine> engine = Make(Options());

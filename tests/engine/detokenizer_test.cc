@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -145,14 +146,14 @@ TEST(Detokenizer, StreamIsTheWholeDecodedForRandomTokens) {
 TEST(Detokenizer, RandomTokensOfRealVocabularies) {
   const std::string root = ATP_SOURCE_DIR;
   std::vector<std::unique_ptr<Tokenizer>> tokenizers;
-  for (auto&& tokenizer : {LoadTokenizer(root + "/models/default", 0),
-                           LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/llama3.json"),
-                           LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/metaspace.json")}) {
+  const auto add = [&](absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer) {
     ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-  }
-  tokenizers.push_back(*LoadTokenizer(root + "/models/default", 0));
-  tokenizers.push_back(*LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/llama3.json"));
-  tokenizers.push_back(*LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/metaspace.json"));
+    tokenizers.push_back(*std::move(tokenizer));
+  };
+  add(LoadTokenizer(root + "/models/default", 0));
+  add(LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/llama3.json"));
+  add(LoadBpeTokenizer(root + "/tests/engine/tokenizer_vectors/metaspace.json"));
+  ASSERT_EQ(tokenizers.size(), 3u);
   std::mt19937 random(5);
   for (const auto& tokenizer : tokenizers) {
     for (int round = 0; round < 2000; ++round) {

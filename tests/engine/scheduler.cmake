@@ -5,4 +5,5 @@ atp_test(scheduler_simulation_test SOURCES scheduler_simulation_test.cc LIBS atp
 atp_test(request_queue_test SOURCES request_queue_test.cc LIBS atp_engine)
 atp_test(answer_stream_test SOURCES answer_stream_test.cc LIBS atp_engine)
 atp_test(echo_engine_test SOURCES echo_engine_test.cc LIBS atp_engine)
+atp_test(batch_invariance_test SOURCES batch_invariance_test.cc LIBS atp_engine)
 atp_test(batching_engine_test SOURCES batching_engine_test.cc LIBS atp_engine)

@@ -1,4 +1,5 @@
-// Configuration files and --set from anyone: whatever the bytes, an answer and no crash; what is accepted is valid.
+// Configuration files and --set from anyone: whatever the bytes, an answer and no crash; what is accepted is
+// valid.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

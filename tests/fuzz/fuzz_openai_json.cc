@@ -44,9 +44,9 @@ void CheckAnswer(const CompletionCall& call, std::string text) {
   for (unsigned char byte : text)
     piece.logprobs.push_back({byte, byte == 0 ? NAN : -1.0f, {{byte, -1.0f}, {0xE2, -INFINITY}}});
   piece.text = std::move(text);
-  TextPosition position;
+  TextPosition position(&tokenizer, false);
   RequireJson(RenderChunk(header, piece, tokenizer, &position));
-  RequireJson(RenderAnswer(header, {piece}, Usage(), tokenizer, {TextPosition()}));
+  RequireJson(RenderAnswer(header, {piece}, Usage(), tokenizer, {TextPosition(&tokenizer, true)}));
 }
 
 void CheckCall(const absl::StatusOr<CompletionCall>& call, std::string_view body) {

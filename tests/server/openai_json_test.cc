@@ -301,23 +301,23 @@ TEST_F(Render, CompletionLogprobsHaveOffsetsInCharacters) {
   piece.text = "\xC3\xA9z";  // "éz": the first character is two tokens
   piece.logprobs = {
       {0xC3, -1.0f, {{0xC3, -1.0f}, {'a', -2.0f}}}, {0xA9, -0.5f, {{'b', -0.25f}}}, {'z', -INFINITY, {}}};
-  TextPosition position;
+  TextPosition position(&tokenizer_, /*echo=*/false);
   const json choice = Chunk(Header(false, true, 1), piece, &position).at("choices").at(0);
   const json& logprobs = choice.at("logprobs");
   EXPECT_EQ(choice.at("text"), "\xC3\xA9z");
   EXPECT_EQ(logprobs.at("tokens"), json({"bytes:\\xc3", "bytes:\\xa9", "z"}));
-  EXPECT_EQ(logprobs.at("text_offset"), json({0, 1, 1}));
+  EXPECT_EQ(logprobs.at("text_offset"), json({0, 0, 1}));
   EXPECT_EQ(logprobs.at("token_logprobs"), json({-1.0, -0.5, -9999.0}));
   EXPECT_EQ(logprobs.at("top_logprobs").at(0), json({{"bytes:\\xc3", -1.0}}));
   EXPECT_EQ(logprobs.at("top_logprobs").at(1),
             json({{"b", -0.25}, {"bytes:\\xa9", -0.5}}));  // and the chosen one
-  EXPECT_EQ(position.offset, 2);
+  EXPECT_EQ(position.offset(), 2);
 }
 
 TEST_F(Render, AnEchoedPromptsFirstTokenHasNoLogprob) {
   ChoicePiece piece;
   piece.logprobs = {{testing::ByteTokenizer::kBos, NAN, {}}, {'a', -1.0f, {}}};
-  TextPosition position;
+  TextPosition position(&tokenizer_, /*echo=*/false);
   const json logprobs = Chunk(Header(false, true, 0), piece, &position).at("choices").at(0).at("logprobs");
   EXPECT_EQ(logprobs.at("token_logprobs"), json({nullptr, -1.0}));
   EXPECT_EQ(logprobs.at("top_logprobs"), json({nullptr, {{"a", -1.0}}}));
@@ -328,7 +328,7 @@ TEST_F(Render, ChatLogprobsHaveBytes) {
   ChoicePiece piece;
   piece.text = "\xC3\xA9";
   piece.logprobs = {{0xC3, -1.0f, {{'a', -0.5f}, {0xC3, -1.0f}}}};
-  TextPosition position;
+  TextPosition position(&tokenizer_, /*echo=*/false);
   const json choice = Chunk(Header(true, true, 2), piece, &position).at("choices").at(0);
   const json entry = choice.at("logprobs").at("content").at(0);
   EXPECT_EQ(entry.at("token"), "\xEF\xBF\xBD");
@@ -348,7 +348,7 @@ TEST_F(Render, ChunksOfAChat) {
   header.include_usage = true;
   ChoicePiece last;
   last.finish = FinishReason::kLength;
-  TextPosition position;
+  TextPosition position(&tokenizer_, /*echo=*/false);
   const json finish = Chunk(header, last, &position);
   EXPECT_EQ(finish.at("choices").at(0).at("finish_reason"), "length");
   EXPECT_EQ(finish.at("choices").at(0).at("delta"), json::object());
@@ -364,8 +364,8 @@ TEST_F(Render, WholeAnswersAreValidUtf8WhateverTheTextIs) {
   piece.text = "bad \xff\xfe \"quotes\" \n";
   piece.finish = FinishReason::kStop;
   for (bool chat : {false, true}) {
-    const std::string text =
-        RenderAnswer(Header(chat, false, 0), {piece}, Usage{1, 2, 0}, tokenizer_, {TextPosition()});
+    const std::string text = RenderAnswer(Header(chat, false, 0), {piece}, Usage{1, 2, 0}, tokenizer_,
+                                          {TextPosition(&tokenizer_, false)});
     EXPECT_TRUE(IsValidUtf8(text));
     const json answer = json::parse(text);
     EXPECT_EQ(answer.at("object"), chat ? "chat.completion" : "text_completion");

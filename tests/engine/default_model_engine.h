@@ -1,0 +1,164 @@
+// A fixture with the default model on the cpu backend, loaded once per test suite, and engines made from it.
+#ifndef ATP_TESTS_ENGINE_DEFAULT_MODEL_ENGINE_H_
+#define ATP_TESTS_ENGINE_DEFAULT_MODEL_ENGINE_H_
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "engine/batching_engine.h"
+#include "kernels/backend_factory.h"
+#include "tests/engine/recording_sink.h"
+
+namespace atp {
+
+using Answer = RecordingSink::Answer;
+
+inline constexpr char kModelDir[] = ATP_SOURCE_DIR "/models/default";
+
+// Passes everything on to another backend, and fails when it is told to, as a lost device would.
+class FailingBackend : public Backend {
+ public:
+  explicit FailingBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
+  std::atomic<bool> broken{false};
+
+  std::string Description() const override { return backend_->Description(); }
+  bool Supports(const OpDesc& desc) const override { return backend_->Supports(desc); }
+  absl::StatusOr<Buffer> Allocate(size_t bytes) override { return backend_->Allocate(bytes); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return backend_->LoadWeight(host); }
+  void CopyToDevice(void* device, const void* host, size_t bytes) override {
+    backend_->CopyToDevice(device, host, bytes);
+  }
+  void CopyToHost(void* host, const void* device, size_t bytes) override {
+    backend_->CopyToHost(host, device, bytes);
+  }
+  void GatherRows(const GatherRowsArgs& args) override { backend_->GatherRows(args); }
+  void MatMul(const MatMulArgs& args) override { backend_->MatMul(args); }
+  void RmsNorm(const RmsNormArgs& args) override { backend_->RmsNorm(args); }
+  void Rope(const RopeArgs& args) override { backend_->Rope(args); }
+  void SwiGlu(const SwiGluArgs& args) override { backend_->SwiGlu(args); }
+  void StoreKv(const StoreKvArgs& args) override { backend_->StoreKv(args); }
+  void Attention(const AttentionArgs& args) override { backend_->Attention(args); }
+  absl::Status Synchronize() override {
+    if (broken) return absl::InternalError("the device fell off the bus");
+    return backend_->Synchronize();
+  }
+
+ private:
+  std::unique_ptr<Backend> backend_;
+};
+
+class BatchingEngineTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    absl::StatusOr<std::unique_ptr<Backend>> backend = MakeBackend({});
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    backend_ = new FailingBackend(*std::move(backend));
+    ModelLimits limits;
+    limits.max_batch_rows = 256;
+    limits.max_logit_rows = 32;
+    absl::StatusOr<std::unique_ptr<LlamaModel>> model =
+        LlamaModel::Load(kModelDir, backend_, limits, nullptr);
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = model->release();
+    absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
+        LoadTokenizer(kModelDir, model_->config().vocab_size);
+    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+    tokenizer_ = tokenizer->release();
+  }
+  static void TearDownTestSuite() {
+    delete tokenizer_;
+    delete model_;
+    delete backend_;
+  }
+  void SetUp() override { ASSERT_NE(tokenizer_, nullptr); }
+
+  static BatchingEngineOptions Options(int kv_tokens = 4096) {
+    BatchingEngineOptions options;
+    options.kv_memory_bytes = static_cast<size_t>(kv_tokens) * BytesPerToken();
+    options.eos_token_ids = model_->config().eos_token_ids;
+    return options;
+  }
+  static size_t BytesPerToken() {
+    const LlamaConfig& config = model_->config();
+    const KvPage page(KvFormat::kF32, 16, config.head_dim, false);
+    return page.bytes() / 16 * static_cast<size_t>(config.layers) * static_cast<size_t>(config.kv_heads);
+  }
+  static std::unique_ptr<BatchingEngine> Make(const BatchingEngineOptions& options,
+                                              EngineObserver* observer = nullptr) {
+    absl::StatusOr<std::unique_ptr<BatchingEngine>> engine =
+        BatchingEngine::Create(backend_, model_, tokenizer_, options, observer);
+    EXPECT_TRUE(engine.ok()) << engine.status();
+    return *std::move(engine);
+  }
+
+  static Request Ask(std::string_view prompt, int max_tokens, uint64_t seed = 1) {
+    Request request;
+    request.prompt = tokenizer_->Encode(prompt, /*add_special=*/true, /*parse_special=*/false);
+    request.sampling.max_tokens = max_tokens;
+    request.sampling.seed = seed;
+    request.sampling.ignore_eos = true;
+    return request;
+  }
+  static Request Sampled(std::string_view prompt, int max_tokens, uint64_t seed) {
+    Request request = Ask(prompt, max_tokens, seed);
+    request.sampling.temperature = 0.9f;
+    request.sampling.top_p = 0.95f;
+    request.sampling.top_k = 100;
+    request.sampling.repetition_penalty = 1.1f;
+    request.sampling.logprobs = 3;
+    return request;
+  }
+  static std::shared_ptr<RecordingSink> Submit(Engine* engine, const Request& request) {
+    auto sink = std::make_shared<RecordingSink>(request.sampling.n);
+    const absl::StatusOr<RequestId> id = engine->Submit(request, sink);
+    EXPECT_TRUE(id.ok()) << id.status();
+    return sink;
+  }
+  static void ExpectNothingLeft(Engine* engine) {
+    EXPECT_EQ(engine->Drain(absl::InfiniteDuration()), absl::OkStatus());
+    const EngineStats stats = engine->Stats();
+    EXPECT_EQ(stats.requests_running, 0);
+    EXPECT_EQ(stats.requests_waiting, 0);
+    EXPECT_EQ(stats.kv_blocks_used, 0);
+  }
+
+  static inline FailingBackend* backend_ = nullptr;
+  static inline LlamaModel* model_ = nullptr;
+  static inline Tokenizer* tokenizer_ = nullptr;
+};
+
+inline bool SameBits(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+inline void ExpectSame(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.tokens, actual.tokens);
+  EXPECT_EQ(expected.text, actual.text);
+  ASSERT_EQ(expected.logprobs.size(), actual.logprobs.size());
+  for (size_t i = 0; i < expected.logprobs.size(); ++i) {
+    const TokenLogprob& e = expected.logprobs[i];
+    const TokenLogprob& a = actual.logprobs[i];
+    ASSERT_TRUE(SameBits(e.logprob, a.logprob)) << "token " << i << ": " << e.logprob << " and " << a.logprob;
+    ASSERT_EQ(e.top.size(), a.top.size());
+    for (size_t k = 0; k < e.top.size(); ++k) {
+      ASSERT_EQ(e.top[k].first, a.top[k].first);
+      ASSERT_TRUE(SameBits(e.top[k].second, a.top[k].second));
+    }
+  }
+}
+
+// A prompt of several blocks.
+inline constexpr char kStory[] =
+    "It was a bright morning in the early spring, and the whole village had come down to the river to see "
+    "the boats "
+    "go out. The old captain stood upon the pier with his hands behind his back, and said nothing to "
+    "anybody.";
+
+}  // namespace atp
+
+#endif  // ATP_TESTS_ENGINE_DEFAULT_MODEL_ENGINE_H_

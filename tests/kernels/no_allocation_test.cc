@@ -1,0 +1,67 @@
+// After the first step of its size, a step allocates nothing: every allocation of this program is counted.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/backend_factory.h"
+#include "tests/kernels/op_problems.h"
+
+namespace {
+std::atomic<int64_t> g_allocations{0};
+
+void* Counted(void* memory) {
+  ++g_allocations;
+  if (memory == nullptr) std::abort();
+  return memory;
+}
+}  // namespace
+
+void* operator new(size_t bytes) { return Counted(std::malloc(bytes)); }
+void* operator new(size_t bytes, std::align_val_t alignment) {
+  const size_t unit = static_cast<size_t>(alignment);
+  return Counted(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t, std::align_val_t) noexcept { std::free(memory); }
+
+namespace atp {
+namespace {
+
+TEST(NoAllocation, AStepThatWasSeenBefore) {
+  Random random(TestSeed());
+  // One thread: which of several runs a part, and so grows its scratch, is left to chance.
+  const std::unique_ptr<Backend> backend = CpuBackend("auto", 1);
+  const int heads = 8, kv_heads = 2, head_dim = 64;
+  CacheProblem problem(random, {KvFormat::kBF16, head_dim, kv_heads, 16, 16}, {{20, 90, 30}, {1, 40, 0}},
+                       false);
+  const int rows = problem.rows(), dim = heads * head_dim;
+  const Matrix weight = RandomMatrix(random, DType::kBF16, dim, dim);
+  const std::vector<float> norm = Normals(random, dim), frequency = Normals(random, head_dim / 2);
+  const std::vector<float> key = Normals(random, rows * kv_heads * head_dim);
+  std::vector<float> x = Normals(random, rows * dim), y(rows * dim);
+  std::vector<int32_t> positions(rows), indices(rows);
+  const auto step = [&](int32_t first) {
+    for (int i = 0; i < rows; ++i) positions[i] = first + i;
+    backend->GatherRows({weight.view, indices, x.data()});
+    backend->RmsNorm({x.data(), norm.data(), x.data(), rows, dim, 1e-5f});
+    backend->MatMul({x.data(), weight.view, nullptr, y.data(), rows, false});
+    backend->Rope({y.data(), positions, frequency.data(), heads, head_dim});
+    backend->StoreKv({key.data(), key.data(), problem.sequences(), problem.pool(), kv_heads});
+    backend->Attention({y.data(), x.data(), problem.sequences(), problem.pool(), heads, kv_heads, 0.125f});
+    backend->SwiGlu({x.data(), y.data(), y.data(), rows, dim});
+  };
+  const int64_t before = g_allocations;
+  step(0);
+  EXPECT_GT(g_allocations, before);  // so the counter counts
+  const int64_t warm = g_allocations;
+  step(1);
+  step(100);
+  EXPECT_EQ(g_allocations, warm);
+}
+
+}  // namespace
+}  // namespace atp
