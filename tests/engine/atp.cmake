@@ -1,0 +1,1 @@
+atp_test(compression_plan_test SOURCES compression_plan_test.cc LIBS atp_engine)
