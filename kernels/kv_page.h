@@ -19,7 +19,14 @@ namespace atp {
 // Index of a block in the KV pool; its bytes start at pool + id * KvPage::bytes().
 using BlockId = int32_t;
 
-enum class KvFormat : uint8_t { kF32, kBF16 };
+enum class KvFormat : uint8_t { kF32, kBF16, kInt8, kInt4 };
+
+// Bits per element of keys and values.
+constexpr int BitsOf(KvFormat format) {
+  constexpr int bits[] = {32, 16, 8, 4};
+  return bits[static_cast<int>(format)];
+}
+constexpr bool IsInteger(KvFormat format) { return BitsOf(format) <= 8; }
 
 std::string_view Name(KvFormat format);
 std::optional<KvFormat> KvFormatFromName(std::string_view name);
@@ -37,18 +44,25 @@ class KvPage {
 
   size_t key_offset() const { return 0; }
   size_t value_offset() const { return value_offset_; }
-  size_t log_mass_offset() const { return log_mass_offset_; }  // meaningless without log mass
+  size_t key_scale_offset() const { return key_scale_offset_; }      // integer formats
+  size_t value_scale_offset() const { return value_scale_offset_; }  // integer formats
+  size_t log_mass_offset() const { return log_mass_offset_; }        // meaningless without log mass
 
   // Host access to one entry of the block at `block` (reference backend, tests). key, value: [head_dim] fp32.
   void Store(std::byte* block, int entry, const float* key, const float* value, float log_mass = 0.0f) const;
   void Load(const std::byte* block, int entry, float* key, float* value, float* log_mass) const;
 
  private:
+  size_t KeyIndex(int dimension, int entry) const;
+  size_t ValueIndex(int dimension, int entry) const;
+
   KvFormat format_;
   int entries_;
   int head_dim_;
   bool with_log_mass_;
   size_t value_offset_;
+  size_t key_scale_offset_;
+  size_t value_scale_offset_;
   size_t log_mass_offset_;
   size_t bytes_;
 };
