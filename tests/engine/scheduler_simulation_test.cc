@@ -168,7 +168,8 @@ class Simulation {
       tokens.push_back(NextToken(*entry.sequence));
     }
     for (const BatchEntry& entry : batch.entries) {
-      if (entry.closes_segment) ASSERT_NO_FATAL_FAILURE(Fit(batch, entry));
+      if (!entry.closes_segment) continue;
+      ASSERT_NO_FATAL_FAILURE(Fit(batch, entry));
     }
     if (!batch.empty()) CheckTheFirstIsServed(batch);
     scheduler_.Commit(batch, tokens);
@@ -264,7 +265,8 @@ class Simulation {
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, blocks.exact, first_token, entry.exact_entries));
       const int principal_blocks = visible > 0 ? plan->StateBlocks(visible - 1, head) : 0;
       ASSERT_EQ(blocks.principal_entries, principal_blocks * options_.block_tokens);
-      if (visible > 0) ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
+      if (visible == 0) continue;
+      ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
     }
   }
   void CheckExact(const Sequence& s, const BlockId* blocks, int first_token, int entries) {
