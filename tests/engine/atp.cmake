@@ -1,1 +1,2 @@
 atp_test(compression_plan_test SOURCES compression_plan_test.cc LIBS atp_engine)
+atp_test(principal_model_test SOURCES principal_model_test.cc LIBS atp_engine)
