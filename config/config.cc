@@ -32,8 +32,10 @@ void CheckAtp(const Config& config, std::string* problems) {
     const char* key;
     int tokens;
   } lengths[] = {{"atp.segment_tokens", atp.segment_tokens}, {"atp.window_tokens", atp.window_tokens}};
+  const bool compresses = atp.ratio > 0 || (atp.preset != "exact" && atp.preset != "auto");
   for (const auto& length : lengths) {
-    if (block <= 0 || length.tokens % 16 != 0 || length.tokens % block == 0) continue;  // or told already
+    if (!compresses || block <= 0 || length.tokens % 16 != 0 || length.tokens % block == 0)
+      continue;  // or told already
     absl::StrAppend(problems, length.key, ": ", length.tokens, " is not a multiple of ", block,
                     " (kv_cache.block_tokens)\n");
   }

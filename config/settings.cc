@@ -98,12 +98,14 @@ std::vector<Setting> MakeTable() {
 
       {.key = "atp.preset",
        .member = ATP_MEMBER(String, atp.preset),
-       .meaning = "how far the KV cache is compressed: exact 1, quality 1/4, balanced 1/8, compact 1/16 entries "
-                  "per token; auto: balanced where a budgets file lies beside the model, else exact",
+       .meaning =
+           "how far the KV cache is compressed: exact 1, quality 1/4, balanced 1/8, compact 1/16 entries "
+           "per token; auto: balanced where a budgets file lies beside the model, else exact",
        .choices = {"auto", "exact", "quality", "balanced", "compact"}},
       {.key = "atp.ratio",
        .member = ATP_MEMBER(double, atp.ratio),
-       .meaning = "principal entries per token of a compressed segment, the mean over kv heads; 0: the preset's",
+       .meaning =
+           "principal entries per token of a compressed segment, the mean over kv heads; 0: the preset's",
        .max = 1},
       {.key = "atp.segment_tokens",
        .member = ATP_MEMBER(int, atp.segment_tokens),
@@ -126,8 +128,9 @@ std::vector<Setting> MakeTable() {
        .max = 1 << 24},
       {.key = "atp.budgets",
        .member = ATP_MEMBER(String, atp.budgets),
-       .meaning = "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
-                  "where it is), uniform, or a file"},
+       .meaning =
+           "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
+           "where it is), uniform, or a file"},
       {.key = "atp.allow_override",
        .member = ATP_MEMBER(bool, atp.allow_override),
        .meaning = "whether a request may choose another preset or ratio"},
