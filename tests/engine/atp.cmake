@@ -1,2 +1,3 @@
 atp_test(compression_plan_test SOURCES compression_plan_test.cc LIBS atp_engine)
 atp_test(principal_model_test SOURCES principal_model_test.cc LIBS atp_engine)
+atp_test(principal_engine_test SOURCES principal_engine_test.cc LIBS atp_engine)
