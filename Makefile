@@ -50,7 +50,8 @@ tsan: deps ## build and run all tests under ThreadSanitizer
 	@ctest --preset cpu-tsan -j $(JOBS)
 
 fuzz: deps-fuzz ## build the fuzzers and run each for FUZZ_SECONDS=60
-	@$(call build_preset,cpu-fuzz,)
+	@cmake --preset cpu-fuzz
+	@cmake --build --preset cpu-fuzz -j $(JOBS) --target tests/fuzz/all
 	@found=0; for fuzzer in $$(find build/cpu-fuzz/tests/fuzz -maxdepth 1 -type f -name 'fuzz_*' -executable | sort); do \
 	  echo "== $$fuzzer, $(FUZZ_SECONDS) s"; found=1; mkdir -p "$$fuzzer.corpus"; \
 	  "$$fuzzer" -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=0 \

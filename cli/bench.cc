@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <latch>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -13,7 +14,6 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/blocking_counter.h"
 #include "absl/time/clock.h"
 #include "cli/command.h"
 #include "cli/logging.h"
@@ -145,16 +145,16 @@ absl::StatusOr<Measured> ForwardBench::Decode(int steps) {
 
 class CountingSink final : public OutputSink {
  public:
-  explicit CountingSink(absl::BlockingCounter* done) : done_(done) {}
+  explicit CountingSink(std::latch* done) : done_(done) {}
   void OnDelta(OutputDelta) override {}
   void OnFinish(OutputFinish finish) override {
     finish_ = std::move(finish);
-    done_->DecrementCount();
+    done_->count_down();
   }
   const OutputFinish& finish() const { return finish_; }  // after all are done
 
  private:
-  absl::BlockingCounter* done_;
+  std::latch* done_;
   OutputFinish finish_;
 };
 
@@ -162,9 +162,9 @@ class CountingSink final : public OutputSink {
 // answers' tokens.
 absl::StatusOr<Measured> BenchServe(Config config, LoadedModel* loaded, const BenchFlags& flags) {
   config.scheduler.max_waiting_requests = std::max(config.scheduler.max_waiting_requests, flags.batch);
+  std::latch done(flags.batch);  // outlives the engine, whose thread counts it down
   absl::StatusOr<std::unique_ptr<BatchingEngine>> engine = MakeEngine(config, loaded, nullptr);
   if (!engine.ok()) return engine.status();
-  absl::BlockingCounter done(flags.batch);
   std::vector<std::shared_ptr<CountingSink>> sinks;
   const absl::Time start = absl::Now();
   for (int s = 0; s < flags.batch; ++s) {
@@ -179,12 +179,12 @@ absl::StatusOr<Measured> BenchServe(Config config, LoadedModel* loaded, const Be
     if (!id.ok()) {
       // The engine ends the others as it goes; their sinks count into `done`, so it goes first.
       engine->reset();
-      for (int missing = s; missing < flags.batch; ++missing) done.DecrementCount();
-      done.Wait();
+      done.count_down(flags.batch - s);
+      done.wait();
       return id.status();
     }
   }
-  done.Wait();
+  done.wait();
   Measured measured{0, absl::Now() - start};
   for (const auto& sink : sinks) {
     if (sink->finish().reason == FinishReason::kError) return absl::InternalError(sink->finish().message);

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <iostream>
 #include <iterator>
+#include <latch>
 #include <memory>
 #include <optional>
 #include <string>
@@ -11,7 +12,6 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
 #include "cli/command.h"
 #include "cli/logging.h"
 #include "cli/served_engine.h"
@@ -39,16 +39,16 @@ class StdoutSink final : public OutputSink {
   }
   void OnFinish(OutputFinish finish) override {
     finish_ = std::move(finish);
-    finished_.Notify();
+    finished_.count_down();
   }
   const OutputFinish& Wait() {
-    finished_.WaitForNotification();
+    finished_.wait();
     return finish_;
   }
 
  private:
   OutputFinish finish_;
-  absl::Notification finished_;
+  std::latch finished_{1};
 };
 
 std::string ReadStdin() {

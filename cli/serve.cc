@@ -1,4 +1,7 @@
 // atp serve: REST and gRPC in front of one model, until SIGTERM or SIGINT.
+#include <sys/resource.h>
+
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -35,6 +38,20 @@ std::string Address(const std::string& host, int port) {
   if (host == "0.0.0.0") return absl::StrCat("127.0.0.1:", port);
   if (host == "::") return absl::StrCat("[::1]:", port);
   return absl::StrCat(host.find(':') == std::string::npos ? host : absl::StrCat("[", host, "]"), ":", port);
+}
+
+// Every connection is a file descriptor, and Debian's soft limit is just 1024: raises it as far as it may go.
+void RaiseFileLimit(const ServerConfig& server) {
+  constexpr rlim_t kOurOwn = 256;  // listening sockets, weights, gRPC's own
+  const rlim_t wanted =
+      static_cast<rlim_t>(server.max_connections) * 2 + kOurOwn;  // HTTP, and as much for gRPC
+  rlimit limit;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = limit.rlim_max == RLIM_INFINITY ? wanted : std::min(wanted, limit.rlim_max);
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < wanted) {
+    spdlog::warn("file_limit={} wanted={} for=server.max_connections raise_with=\"ulimit -n\"",
+                 limit.rlim_cur, wanted);
+  }
 }
 
 class Server {
@@ -80,6 +97,7 @@ absl::Status Server::Load() {
 absl::Status Server::Start() {
   // First, so that probes find a live process that is not ready, and a port in use is known before a long
   // load.
+  RaiseFileLimit(config_.server);
   absl::StatusOr<std::unique_ptr<RestServer>> rest = RestServer::Start(config_, &metrics_);
   if (!rest.ok()) return rest.status();
   rest_ = *std::move(rest);

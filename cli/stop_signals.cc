@@ -37,7 +37,7 @@ StopSignals::StopSignals() {
 
 StopSignals::~StopSignals() {
   {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     done_ = true;
   }
   pthread_kill(thread_.native_handle(), kWake);
@@ -45,14 +45,13 @@ StopSignals::~StopSignals() {
 }
 
 void StopSignals::Serving() {
-  absl::MutexLock lock(&mutex_);
+  std::lock_guard<std::mutex> lock(mutex_);
   serving_ = true;
 }
 
 std::string StopSignals::Wait() {
-  absl::MutexLock lock(&mutex_);
-  mutex_.Await(absl::Condition(
-      +[](int* first) { return *first != 0; }, &first_));
+  std::unique_lock<std::mutex> lock(mutex_);
+  stopped_.wait(lock, [this] { return first_ != 0; });
   return NameOf(first_);
 }
 
@@ -61,7 +60,7 @@ void StopSignals::Run() {
   while (true) {
     int signal = 0;
     sigwait(&set, &signal);
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (done_) return;
     if (signal == kWake) continue;
     if (first_ != 0) {
@@ -73,6 +72,7 @@ void StopSignals::Run() {
       ExitNow(0);
     }
     first_ = signal;
+    stopped_.notify_all();
   }
 }
 

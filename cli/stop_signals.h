@@ -2,11 +2,10 @@
 #ifndef ATP_CLI_STOP_SIGNALS_H_
 #define ATP_CLI_STOP_SIGNALS_H_
 
+#include <condition_variable>
+#include <mutex>
 #include <string>
 #include <thread>
-
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 
 namespace atp {
 
@@ -26,10 +25,11 @@ class StopSignals {
  private:
   void Run();
 
-  absl::Mutex mutex_;
-  bool serving_ ABSL_GUARDED_BY(mutex_) = false;
-  bool done_ ABSL_GUARDED_BY(mutex_) = false;
-  int first_ ABSL_GUARDED_BY(mutex_) = 0;  // the signal; 0: none yet
+  std::mutex mutex_;                 // guards all below but the thread
+  std::condition_variable stopped_;  // first_ is set
+  bool serving_ = false;
+  bool done_ = false;
+  int first_ = 0;  // the signal; 0: none yet
   std::thread thread_;
 };
 

@@ -219,7 +219,7 @@ std::vector<Setting> MakeTable() {
       {.key = "limits.max_stop_strings",
        .member = ATP_MEMBER(int, limits.max_stop_strings),
        .meaning = "stop strings of one request",
-       .max = 1000},
+       .max = 48},
       {.key = "limits.default_max_tokens",
        .member = ATP_MEMBER(int, limits.default_max_tokens),
        .meaning = "tokens of a /v1/completions answer without max_tokens; chat and gRPC: as many as fit",

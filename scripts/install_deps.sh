@@ -8,7 +8,7 @@ packages=(
   build-essential cmake ninja-build ccache git pkg-config clang-format-14
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev libspdlog-dev nlohmann-json3-dev
   libsentencepiece-dev prometheus-cpp-dev libboost-dev libyaml-cpp-dev libcli11-dev libpcre2-dev libicu-dev libssl-dev libhwy-dev
-  libgtest-dev libgmock-dev libbenchmark-dev
+  libgtest-dev libgmock-dev
   python3 python3-numpy python3-grpcio python3-protobuf python3-requests python3-yaml python3-venv prometheus curl
 )
 case "${1:-}" in

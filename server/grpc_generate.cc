@@ -6,11 +6,11 @@
 
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "atp/v1/inference.pb.h"
 #include "server/grpc_convert.h"
 
@@ -53,7 +53,7 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
   }
 
   void OnDelta(OutputDelta delta) override {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (finished_) return;
     AppendDelta(delta, call_.service().tokenizer(), ChoiceOf(delta.index));
   }
@@ -61,7 +61,7 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
   void OnFinish(OutputFinish finish) override {
     RequestId to_cancel = 0;
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       if (finished_) return;
       const absl::Status status = ApplyFinish(finish, ChoiceOf(finish.index));
       AddUsage(finish, response_->mutable_usage());
@@ -76,7 +76,7 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
   void OnCancel() override {
     RequestId id = 0;
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       id = id_;
       if (!finished_) FinishLocked(CancellationOf(call_));
     }
@@ -93,13 +93,13 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
 
   void Begin(const GenerateRequest& request) {
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       answers_left_ = request.sampling().has_n() ? request.sampling().n() : 1;
       response_->set_request_id(call_.request_id());
       response_->set_model(call_.service().model().id);
     }
     absl::StatusOr<Submitted> submitted = Submit(call_, request, self_);
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (submitted.ok()) {
       id_ = submitted->id;
     } else {
@@ -107,24 +107,24 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
     }
   }
 
-  v1::Choice* ChoiceOf(int index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  v1::Choice* ChoiceOf(int index) {
     while (response_->choices_size() <= index)
       response_->add_choices()->set_index(response_->choices_size() - 1);
     return response_->mutable_choices(index);
   }
 
-  void FinishLocked(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void FinishLocked(const absl::Status& status) {
     finished_ = true;
     Finish(call_.End(status));
   }
 
   std::shared_ptr<UnaryCall> self_;  // set before and cleared after every other use
-  absl::Mutex mutex_;
   GrpcCall call_;
-  GenerateResponse* response_ ABSL_GUARDED_BY(mutex_);  // gRPC's; gone once finished_
-  RequestId id_ ABSL_GUARDED_BY(mutex_) = 0;
-  int answers_left_ ABSL_GUARDED_BY(mutex_) = 1;
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+  std::mutex mutex_;            // guards all below, and must be held by …Locked() and ChoiceOf()
+  GenerateResponse* response_;  // gRPC's; gone once finished_
+  RequestId id_ = 0;
+  int answers_left_ = 1;
+  bool finished_ = false;
 };
 
 // As UnaryCall, with one write in flight at a time. What the engine says meanwhile waits in pieces_, joined
@@ -140,7 +140,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   }
 
   void OnDelta(OutputDelta delta) override {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (end_) return;
     Piece* piece = PieceFor(delta.index);
     const size_t bytes = AppendDelta(delta, call_.service().tokenizer(), piece->message.mutable_choice());
@@ -153,7 +153,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   void OnFinish(OutputFinish finish) override {
     RequestId to_cancel = 0;
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       if (end_) return;
       Piece* piece = PieceFor(finish.index);
       const absl::Status status = ApplyFinish(finish, piece->message.mutable_choice());
@@ -169,7 +169,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   }
 
   void OnWriteDone(bool ok) override {
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     write_in_flight_ = false;
     if (!ok) {  // the call is dead; OnCancel comes or came
       pieces_.clear();
@@ -181,7 +181,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   void OnCancel() override {
     RequestId id = 0;
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       id = id_;
       pieces_.clear();
       if (!end_) EndLocked(CancellationOf(call_));
@@ -192,7 +192,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
 
   void OnDone() override {
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       done_ = true;
       end_alarm_.Cancel();
     }
@@ -212,11 +212,11 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
 
   void Begin(const GenerateRequest& request) {
     {
-      absl::MutexLock lock(&mutex_);
+      std::lock_guard<std::mutex> lock(mutex_);
       answers_left_ = request.sampling().has_n() ? request.sampling().n() : 1;
     }
     absl::StatusOr<Submitted> submitted = Submit(call_, request, self_);
-    absl::MutexLock lock(&mutex_);
+    std::lock_guard<std::mutex> lock(mutex_);
     if (submitted.ok()) {
       id_ = submitted->id;
     } else {
@@ -225,7 +225,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
     }
   }
 
-  Piece* PieceFor(int index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  Piece* PieceFor(int index) {
     for (auto piece = pieces_.rbegin(); piece != pieces_.rend(); ++piece) {
       if (piece->message.choice().index() != index) continue;
       if (piece->bytes >= kMaxMessageBytes) break;
@@ -237,7 +237,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
     return &piece;
   }
 
-  void EndLocked(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void EndLocked(const absl::Status& status) {
     end_ = status;
     // The rest of the answer may be stuck behind a client that does not read: nothing else would ever end the
     // call. (Weak: the alarm keeps its callback for as long as it lives, and it lives here.)
@@ -245,17 +245,17 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
                    [weak = std::weak_ptr(self_)](bool expired) {
                      std::shared_ptr<StreamCall> self = expired ? weak.lock() : nullptr;
                      if (self == nullptr) return;
-                     absl::MutexLock lock(&self->mutex_);
+                     std::lock_guard<std::mutex> lock(self->mutex_);
                      if (!self->done_) self->context_->TryCancel();
                    });
   }
 
-  void CutOffSlowClientLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void CutOffSlowClientLocked() {
     const bool is_stuck = write_in_flight_ && absl::Now() - write_start_ > write_timeout_;
     if (is_stuck || waiting_bytes_ > kMaxWaitingBytes) context_->TryCancel();  // OnCancel does the rest
   }
 
-  void WriteNextLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+  void WriteNextLocked() {
     if (write_in_flight_ || finished_) return;
     if (pieces_.empty()) {
       if (!end_) return;
@@ -277,22 +277,22 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   }
 
   std::shared_ptr<StreamCall> self_;  // set before and cleared after every other use
-  absl::Mutex mutex_;
   GrpcCall call_;
   grpc::CallbackServerContext* context_;  // gRPC's; gone once done_
   const absl::Duration write_timeout_;
-  std::deque<Piece> pieces_ ABSL_GUARDED_BY(mutex_);
-  size_t waiting_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-  GenerateStreamResponse writing_ ABSL_GUARDED_BY(mutex_);  // gRPC reads it until OnWriteDone
-  bool write_in_flight_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Time write_start_ ABSL_GUARDED_BY(mutex_);
-  v1::Usage usage_ ABSL_GUARDED_BY(mutex_);
-  RequestId id_ ABSL_GUARDED_BY(mutex_) = 0;
-  int answers_left_ ABSL_GUARDED_BY(mutex_) = 1;
-  std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);  // known: nothing more is taken from the engine
-  bool finished_ ABSL_GUARDED_BY(mutex_) = false;            // Finish() was called
-  bool done_ ABSL_GUARDED_BY(mutex_) = false;                // gRPC has forgotten the call
-  grpc::Alarm end_alarm_ ABSL_GUARDED_BY(mutex_);
+  std::mutex mutex_;  // guards all below, and must be held by …Locked() and PieceFor()
+  std::deque<Piece> pieces_;
+  size_t waiting_bytes_ = 0;
+  GenerateStreamResponse writing_;  // gRPC reads it until OnWriteDone
+  bool write_in_flight_ = false;
+  absl::Time write_start_;
+  v1::Usage usage_;
+  RequestId id_ = 0;
+  int answers_left_ = 1;
+  std::optional<absl::Status> end_;  // known: nothing more is taken from the engine
+  bool finished_ = false;            // Finish() was called
+  bool done_ = false;                // gRPC has forgotten the call
+  grpc::Alarm end_alarm_;
 };
 
 }  // namespace

@@ -3,11 +3,11 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 
-#include "absl/base/thread_annotations.h"
+#include <mutex>
+
 #include "absl/strings/cord.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "atp/v1/inference.grpc.pb.h"
 
 namespace atp::client {
@@ -92,12 +92,12 @@ absl::Status FromGrpc(const grpc::Status& status, const grpc::ClientContext& con
 }  // namespace
 
 struct Cancellation::State {
-  absl::Mutex mutex;
-  bool cancelled ABSL_GUARDED_BY(mutex) = false;
-  grpc::ClientContext* context ABSL_GUARDED_BY(mutex) = nullptr;
+  std::mutex mutex;  // guards all below
+  bool cancelled = false;
+  grpc::ClientContext* context = nullptr;
 
   void Attach(grpc::ClientContext* call) {
-    absl::MutexLock lock(&mutex);
+    std::lock_guard<std::mutex> lock(mutex);
     context = call;
     if (cancelled && call != nullptr) call->TryCancel();
   }
@@ -107,7 +107,7 @@ Cancellation::Cancellation() : state_(std::make_unique<State>()) {}
 Cancellation::~Cancellation() = default;
 
 void Cancellation::Cancel() {
-  absl::MutexLock lock(&state_->mutex);
+  std::lock_guard<std::mutex> lock(state_->mutex);
   state_->cancelled = true;
   if (state_->context != nullptr) state_->context->TryCancel();
 }

@@ -104,7 +104,8 @@ class Completions(unittest.TestCase):
     def test_stream_is_the_same_text(self):
         for parameters in (GREEDY, SEEDED):
             events = stream(server, "/v1/completions", dict(parameters, model=MODEL, prompt=PROMPT))
-            self.assertGreater(len(events), 3)
+            # How many pieces there are depends on how fast the client reads: pending ones are joined.
+            self.assertGreaterEqual(len(events), 2)
             self.assertEqual(len({e["id"] for e in events}), 1)
             self.assertTrue(all(e["object"] == "text_completion" for e in events))
             self.assertEqual(texts_by_index(events)[0], text(server, PROMPT, **parameters))

@@ -336,7 +336,7 @@ TEST(ValidateSampling, NamesTheField) {
           p.logit_bias = {{1, kNan}};
         }}},
       {"stop",
-       {[](auto& p) { p.stop = {""}; }, [](auto& p) { p.stop.assign(17, "x"); },
+       {[](auto& p) { p.stop = {""}; }, [](auto& p) { p.stop.assign(65, "x"); },
         [](auto& p) { p.stop = {std::string(2000, 'x')}; }}},
       {"stop_token_ids", {[](auto& p) { p.stop_token_ids = {100}; }}},
       {"max_tokens", {[](auto& p) { p.max_tokens = -1; }}},

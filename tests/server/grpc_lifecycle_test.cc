@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 
 #include <filesystem>
+#include <latch>
 #include <vector>
 
 #include "tests/server/grpc_fixture.h"
@@ -28,16 +29,16 @@ TEST_F(GrpcLifecycleTest, CancelInMidStreamFreesTheRequest) {
 TEST_F(GrpcLifecycleTest, CancelOfAUnaryCallFreesTheRequest) {
   Start(Held());
   grpc::ClientContext context;
-  absl::Notification done;
+  std::latch done{1};
   const v1::GenerateRequest request = Endless();
   grpc::Status status;
   stub_->async()->Generate(&context, &request, &response_, [&](grpc::Status s) {
     status = std::move(s);
-    done.Notify();
+    done.count_down();
   });
   ASSERT_TRUE(engine_->AwaitLive(1));
   context.TryCancel();
-  done.WaitForNotification();
+  done.wait();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::CANCELLED);
   EXPECT_TRUE(engine_->AwaitLive(0));
 }

@@ -5,6 +5,8 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/support/byte_buffer.h>
 
+#include <latch>
+
 #include "tests/server/grpc_fixture.h"
 
 namespace atp {
@@ -32,12 +34,12 @@ grpc::Status CallBytes(const std::shared_ptr<grpc::Channel>& channel, const char
   grpc::ByteBuffer in(&slice, 1);
   grpc::ByteBuffer out;
   grpc::Status status;
-  absl::Notification done;
+  std::latch done{1};
   grpc::GenericStub(channel).UnaryCall(&context, method, grpc::StubOptions(), &in, &out, [&](grpc::Status s) {
     status = std::move(s);
-    done.Notify();
+    done.count_down();
   });
-  done.WaitForNotification();
+  done.wait();
   if (status.ok()) *response = ToString(out);
   return status;
 }
@@ -324,10 +326,10 @@ TEST_F(GrpcServerTest, ReflectionListsTheService) {
       if (ok) text = ToString(response);
       StartWritesDone();
     }
-    void OnDone(const grpc::Status&) override { done.Notify(); }
+    void OnDone(const grpc::Status&) override { done.count_down(); }
     grpc::ByteBuffer request, response;
     std::string text;
-    absl::Notification done;
+    std::latch done{1};
   } reflection;
   grpc::Slice list_services(std::string("\x3a\x01*"));  // ServerReflectionRequest{list_services: "*"}
   reflection.request = grpc::ByteBuffer(&list_services, 1);
@@ -338,7 +340,7 @@ TEST_F(GrpcServerTest, ReflectionListsTheService) {
   reflection.StartWrite(&reflection.request);
   reflection.StartRead(&reflection.response);
   reflection.StartCall();
-  reflection.done.WaitForNotification();
+  reflection.done.wait();
   EXPECT_THAT(reflection.text, HasSubstr("atp.v1.Inference"));
   EXPECT_THAT(reflection.text, HasSubstr("grpc.health.v1.Health"));
 }
