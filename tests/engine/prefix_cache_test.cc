@@ -184,6 +184,12 @@ TEST_F(PrefixCacheTest, AMatchNeedsTheWindowAndTheHistory) {
   EXPECT_EQ(exact[1].ids()[0], computed[7].ids()[0]);
   ASSERT_EQ(principal.size(), 3u);
   for (int i = 0; i < 3; ++i) EXPECT_EQ(principal[i].ids()[0], principal_[i].ids()[0]);
+
+  // What it goes on without can be evicted while it runs.
+  computed.clear();
+  EXPECT_EQ(allocator_.idle_blocks(), 6 * kGroupBlocks);
+  EXPECT_TRUE(cache_.EvictUntil(allocator_, allocator_.free_blocks() + 6 * kGroupBlocks));
+  EXPECT_EQ(allocator_.idle_blocks(), 0);
 }
 
 TEST_F(PrefixCacheTest, ASequenceThatWillFitTheOpenSegmentGoesOnFromItsBeginning) {
