@@ -19,6 +19,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/load-inl.h"
@@ -239,27 +240,63 @@ HWY_INLINE void AttendExact(const AttentionArgs& args, const AttentionPart& part
   }
 }
 
-// Rows of 16 int8, or of 16 int4 (low halves first): as fp32, times `scale`.
+// Lanes(d) int8, or the low or high halves of as many bytes, as fp32.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadInt8(D d, const int8_t* HWY_RESTRICT p) {
+  return hn::ConvertTo(d, hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(hn::Rebind<int8_t, D>(), p)));
+}
+template <class D>
+HWY_INLINE void LoadInt4(D d, const uint8_t* HWY_RESTRICT p, hn::Vec<D>& low, hn::Vec<D>& high) {
+  const auto bytes = hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(hn::Rebind<uint8_t, D>(), p));
+  low = hn::ConvertTo(d, hn::ShiftRight<28>(hn::ShiftLeft<28>(bytes)));
+  high = hn::ConvertTo(d, hn::ShiftRight<28>(hn::ShiftLeft<24>(bytes)));
+}
+
+// One dimension of the 16 keys of a slice, times each entry's scale.
 HWY_INLINE void UnpackKeys(const int8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
                            float* HWY_RESTRICT out) {
-  for (int e = 0; e < kSlice; ++e) out[e] = static_cast<float>(row[e]) * scale[e];
+  const SliceTag d;
+  ATP_UNROLL for (int v = 0; v < kSlice; v += kSliceLanes) {
+    hn::Store(hn::Mul(LoadInt8(d, row + v), hn::Load(d, scale + v)), d, out + v);
+  }
 }
 HWY_INLINE void UnpackKeys(const uint8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
                            float* HWY_RESTRICT out) {
-  for (int e = 0; e < kSlice / 2; ++e) {
-    out[e] = static_cast<float>(static_cast<int8_t>(row[e] << 4) >> 4) * scale[e];
-    out[e + kSlice / 2] = static_cast<float>(static_cast<int8_t>(row[e]) >> 4) * scale[e + kSlice / 2];
+  const hn::CappedTag<float, kSlice / 2> d;
+  constexpr int kLanes = static_cast<int>(hn::MaxLanes(hn::CappedTag<float, kSlice / 2>()));
+  ATP_UNROLL for (int v = 0; v < kSlice / 2; v += kLanes) {
+    hn::Vec<decltype(d)> low, high;
+    LoadInt4(d, row + v, low, high);
+    hn::Store(hn::Mul(low, hn::Load(d, scale + v)), d, out + v);
+    hn::Store(hn::Mul(high, hn::Load(d, scale + v + kSlice / 2)), d, out + v + kSlice / 2);
   }
 }
+
+// One entry's value, times its scale.
 HWY_INLINE void UnpackValues(const int8_t* HWY_RESTRICT row, float scale, int head_dim,
                              float* HWY_RESTRICT out) {
-  for (int i = 0; i < head_dim; ++i) out[i] = static_cast<float>(row[i]) * scale;
+  const hn::ScalableTag<float> d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  int i = 0;
+  for (; i + lanes <= head_dim; i += lanes)
+    hn::StoreU(hn::Mul(LoadInt8(d, row + i), hn::Set(d, scale)), d, out + i);
+  for (; i < head_dim; ++i) out[i] = static_cast<float>(row[i]) * scale;
 }
 HWY_INLINE void UnpackValues(const uint8_t* HWY_RESTRICT row, float scale, int head_dim,
                              float* HWY_RESTRICT out) {
-  const int half = head_dim / 2;
-  for (int i = 0; i < half; ++i) out[i] = static_cast<float>(static_cast<int8_t>(row[i] << 4) >> 4) * scale;
-  for (int i = 0; i < half; ++i) out[i + half] = static_cast<float>(static_cast<int8_t>(row[i]) >> 4) * scale;
+  const hn::ScalableTag<float> d;
+  const int lanes = static_cast<int>(hn::Lanes(d)), half = head_dim / 2;
+  int i = 0;
+  for (; i + lanes <= half; i += lanes) {
+    hn::Vec<decltype(d)> low, high;
+    LoadInt4(d, row + i, low, high);
+    hn::StoreU(hn::Mul(low, hn::Set(d, scale)), d, out + i);
+    hn::StoreU(hn::Mul(high, hn::Set(d, scale)), d, out + i + half);
+  }
+  for (; i < half; ++i) {
+    out[i] = static_cast<float>(static_cast<int8_t>(row[i] << 4) >> 4) * scale;
+    out[i + half] = static_cast<float>(static_cast<int8_t>(row[i]) >> 4) * scale;
+  }
 }
 
 // A slice of an integer page becomes one of fp32 in scratch, once for all queries that share it. T: int8_t,
@@ -270,7 +307,8 @@ HWY_INLINE Slice<float> UnpackSlice(const KvPool& pool, const KvPage& page, cons
   constexpr int kPerByte = std::is_same_v<T, uint8_t> ? 2 : 1;
   const std::byte* block = pool.data + static_cast<size_t>(blocks[entry / page.entries()]) * pool.block_bytes;
   const int offset = entry % page.entries(), head_dim = page.head_dim();
-  float key_scale[kSlice], value_scale[kSlice];
+  alignas(64) float key_scale[kSlice];
+  float value_scale[kSlice];
   for (int e = 0; e < kSlice; ++e) {
     key_scale[e] =
         BF16ToFloat(reinterpret_cast<const uint16_t*>(block + page.key_scale_offset())[offset + e]);
@@ -302,6 +340,12 @@ template <typename T>
 HWY_INLINE void AttendUnpacked(const KvPool& pool, const KvPage& page, const KvHeadBlocks& head,
                                const AttentionState& state, int queries) {
   for (int entry = 0; entry < head.principal_entries; entry += kSlice) {
+    // Unpacking waits for every byte it reads, so the next block is asked for while this one is worked on.
+    if (entry % page.entries() == 0 && entry + page.entries() < head.principal_entries) {
+      const std::byte* next =
+          pool.data + static_cast<size_t>(head.principal[entry / page.entries() + 1]) * pool.block_bytes;
+      for (size_t at = 0; at < page.bytes(); at += 64) hwy::Prefetch(next + at);
+    }
     Slice<float> slice = UnpackSlice<T>(pool, page, head.principal, entry, state);
     ShowFirst(slice, std::min(kSlice, head.principal_entries - entry));
     UpdateRange(slice, state, 0, queries);
