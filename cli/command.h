@@ -16,6 +16,7 @@ namespace atp {
 void AddServe(CLI::App* app, int* exit_code);
 void AddGenerate(CLI::App* app, int* exit_code);
 void AddEval(CLI::App* app, int* exit_code);
+void AddCalibrate(CLI::App* app, int* exit_code);
 void AddBench(CLI::App* app, int* exit_code);
 
 // "atp: " and the message on stderr.

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
-#include <numeric>
 #include <utility>
 
-#include "engine/block_table.h"
+#include "absl/strings/str_cat.h"
+#include "engine/scheduler.h"
 
 namespace atp {
 namespace {
@@ -15,61 +14,189 @@ constexpr int kRowsPerStep = 256;
 constexpr int kParallelSequences = 16;
 constexpr int kParallelTokens = 8192;
 constexpr int64_t kLogitBytes = 64 << 20;
+// Exact log probabilities kept to compare with; more sequences are judged group by group.
+constexpr int64_t kReferenceBytes = 256 << 20;
 
-// One of the sequences that run side by side, in blocks of its own.
-struct Lane {
-  Lane(int layers, int kv_heads) : table(layers, kv_heads) {}
-  BlockTable table;
-  int sequence = -1;  // -1: free
-  int done = 0;       // tokens in the cache
-};
+using Sequences = std::span<const std::vector<TokenId>>;
 
-// The first `blocks` blocks per head of lane `lane`: lanes lie one behind the other in the pool.
-void FillTable(const KvCache& kv_cache, int lane, int blocks, BlockTable* table) {
-  const int heads = kv_cache.shape().heads_total();
-  std::vector<BlockId> ids(static_cast<size_t>(heads));
-  for (int b = 0; b < blocks; ++b) {
-    std::iota(ids.begin(), ids.end(), static_cast<BlockId>((int64_t{lane} * blocks + b) * heads));
-    table->AppendExact(ids);
-  }
+// Log probabilities of one sequence's judged positions under the exact cache: [positions, vocab].
+using Reference = std::vector<float>;
+
+double LogNormaliser(std::span<const float> logits, float top) {
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - top);
+  return top + std::log(sum);
 }
 
-void Judge(std::span<const float> logits, TokenId next, Score* score) {
+// `exact`: empty while the exact cache itself runs.
+void Judge(std::span<const float> logits, std::span<const float> exact, TokenId next, Score* score) {
   const auto best = std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(static_cast<double>(logit) - *best);
-  score->cross_entropy_sum += *best + std::log(sum) - logits[static_cast<size_t>(next)];
+  const double log_sum = LogNormaliser(logits, *best);
+  score->cross_entropy_sum += log_sum - logits[static_cast<size_t>(next)];
   score->right += best - logits.begin() == next ? 1 : 0;
   ++score->tokens;
+  if (exact.empty()) {
+    ++score->agree;
+    return;
+  }
+  for (size_t i = 0; i < logits.size(); ++i) {
+    const double p = exact[i];
+    score->kl_sum += std::exp(p) * (p - (logits[i] - log_sum));
+  }
+  score->agree +=
+      best - logits.begin() == std::max_element(exact.begin(), exact.end()) - exact.begin() ? 1 : 0;
 }
 
-// Adds the lane's next rows, as many as fit; false when none do.
-bool AddRows(Lane* lane, const std::vector<TokenId>& ids, int first, const ModelLimits& limits,
-             Batch* batch) {
-  const int rows_left = limits.max_batch_rows - batch->rows();
-  const int logits_left = limits.max_logit_rows - static_cast<int>(batch->logit_rows.size());
-  // The last token predicts nothing that is known, so it is not computed.
-  const int end = std::min(
-      {static_cast<int>(ids.size()) - 1, lane->done + rows_left, std::max(lane->done, first) + logits_left});
-  if (end <= lane->done) return false;
-  BatchEntry entry;
-  entry.table = &lane->table;
-  entry.first_row = batch->rows();
-  entry.rows = end - lane->done;
-  entry.exact_entries = end;
-  entry.first_logit = static_cast<int>(batch->logit_rows.size());
-  entry.logits = std::max(0, end - std::max(lane->done, first));
-  for (int p = lane->done; p < end; ++p) {
-    batch->tokens.push_back(ids[static_cast<size_t>(p)]);
-    batch->positions.push_back(p);
-    if (p >= first) batch->logit_rows.push_back(batch->rows() - 1);
+// Runs one group of sequences in one case.
+class Run {
+ public:
+  Run(LlamaModel* model, const KvCache& kv_cache, int parallel, int max_positions, Sequences sequences,
+      int first)
+      : model_(model),
+        kv_cache_(kv_cache),
+        sequences_(sequences),
+        first_(first),
+        vocab_(static_cast<size_t>(model->config().vocab_size)),
+        scheduler_(Options(*model, kv_cache, parallel, max_positions)) {}
+
+  // `references`: one per sequence; written where `exact`, else read.
+  absl::StatusOr<std::vector<Score>> operator()(const std::shared_ptr<const CompressionPlan>& plan,
+                                                bool exact, std::vector<Reference>* references) {
+    scores_.assign(sequences_.size(), Score());
+    references_ = references;
+    exact_ = exact;
+    for (size_t i = 0; i < sequences_.size(); ++i) {
+      if (absl::Status s = Admit(i, plan); !s.ok()) return s;
+    }
+    while (!scheduler_.empty()) {
+      if (absl::Status s = Step(); !s.ok()) return s;
+      scheduler_.TakeFinished();
+    }
+    return scores_;
   }
-  batch->entries.push_back(entry);
-  lane->done = end;
-  return true;
+
+ private:
+  static SchedulerOptions Options(const LlamaModel& model, const KvCache& kv_cache, int parallel,
+                                  int max_positions) {
+    SchedulerOptions options;
+    options.max_batch_tokens = model.limits().max_batch_rows;
+    options.max_prefill_chunk_tokens = model.limits().max_batch_rows;
+    options.max_running_sequences = parallel;
+    options.prefix_cache = false;
+    options.max_logit_rows = model.limits().max_logit_rows;
+    options.max_positions = max_positions;
+    options.layers = kv_cache.shape().layers;
+    options.kv_heads = kv_cache.shape().kv_heads;
+    options.block_tokens = kv_cache.shape().block_tokens;
+    options.num_blocks = kv_cache.num_blocks();
+    options.compressible = kv_cache.shape().compressible;
+    return options;
+  }
+
+  // The last token predicts nothing that is known, so it is not computed.
+  absl::Status Admit(size_t index, const std::shared_ptr<const CompressionPlan>& plan) {
+    const std::vector<TokenId>& ids = sequences_[index];
+    if (ids.size() < 2) return absl::OkStatus();
+    auto request = std::make_shared<Request>();
+    request->prompt.assign(ids.begin(), ids.end() - 1);
+    request->echo_prompt = true;
+    request->sampling.logprobs = 0;
+    request->sampling.max_tokens = 0;
+    return scheduler_.Admit(
+        std::make_unique<Sequence>(static_cast<RequestId>(index), request, 0, 0, nullptr, plan));
+  }
+
+  absl::Status Step() {
+    const Batch& batch = scheduler_.Schedule(absl::UnixEpoch());
+    absl::StatusOr<std::span<const float>> logits = model_->Forward(batch, kv_cache_);
+    if (!logits.ok()) return logits.status();
+    for (const BatchEntry& entry : batch.entries) JudgeEntry(batch, entry, *logits);
+    tokens_.assign(batch.entries.size(), 0);  // sampled behind the prompt, and not used
+    scheduler_.Commit(batch, tokens_);
+    for (const BatchEntry& entry : batch.entries) {
+      Sequence* const s = entry.sequence;
+      if (s->position() < s->prompt_tokens()) continue;
+      Score& score = scores_[s->id()];
+      score.held_bytes = s->held_blocks() * static_cast<int64_t>(kv_cache_.block_bytes());
+      score.exact_bytes = ExactBytes(s->prompt_tokens());
+      scheduler_.Finish(s, FinishReason::kLength);
+    }
+    return absl::OkStatus();
+  }
+
+  int64_t ExactBytes(int tokens) const {
+    const KvCache::Shape& shape = kv_cache_.shape();
+    const int64_t blocks = (tokens + shape.block_tokens - 1) / shape.block_tokens;
+    return blocks * shape.heads_total() * static_cast<int64_t>(kv_cache_.pool().exact->bytes());
+  }
+
+  void JudgeEntry(const Batch& batch, const BatchEntry& entry, std::span<const float> logits) {
+    const size_t index = entry.sequence->id();
+    const std::vector<TokenId>& ids = sequences_[index];
+    Reference& reference = (*references_)[index];
+    for (int i = 0; i < entry.logits; ++i) {
+      const auto row = static_cast<size_t>(entry.first_logit + i);
+      const int position = batch.positions[static_cast<size_t>(batch.logit_rows[row])];
+      if (position < first_) continue;
+      const std::span<const float> values = logits.subspan(row * vocab_, vocab_);
+      const auto judged = static_cast<size_t>(position - first_);
+      if (exact_) {
+        Keep(values, judged, &reference);
+        Judge(values, {}, ids[static_cast<size_t>(position) + 1], &scores_[index]);
+      } else {
+        Judge(values, std::span<const float>(reference).subspan(judged * vocab_, vocab_),
+              ids[static_cast<size_t>(position) + 1], &scores_[index]);
+      }
+    }
+  }
+
+  void Keep(std::span<const float> logits, size_t judged, Reference* reference) const {
+    reference->resize(std::max(reference->size(), (judged + 1) * vocab_));
+    const double log_sum = LogNormaliser(logits, *std::max_element(logits.begin(), logits.end()));
+    std::transform(logits.begin(), logits.end(), reference->begin() + static_cast<ptrdiff_t>(judged * vocab_),
+                   [log_sum](float logit) { return static_cast<float>(logit - log_sum); });
+  }
+
+  LlamaModel* const model_;
+  const KvCache& kv_cache_;
+  const Sequences sequences_;
+  const int first_;
+  const size_t vocab_;
+  Scheduler scheduler_;
+  std::vector<Score> scores_;
+  std::vector<Reference>* references_ = nullptr;
+  bool exact_ = false;
+  std::vector<TokenId> tokens_;
+};
+
+// How many of `sequences` run side by side: enough to fill a step, without a cache of many long ones.
+int ParallelSequences(size_t sequences, int tokens) {
+  const auto fill = static_cast<size_t>(std::clamp(kParallelTokens / tokens, 1, kParallelSequences));
+  return static_cast<int>(std::clamp<size_t>(sequences, 1, fill));
+}
+
+// Blocks that a sequence of `tokens` needs in the hungriest case, and room for the scheduler to plan ahead.
+int64_t BlocksPerSequence(const KvCache::Shape& shape, int tokens, std::span<const EvaluationCase> cases) {
+  const int64_t group = shape.heads_total();
+  int64_t blocks = (tokens + shape.block_tokens - 1) / shape.block_tokens * group;
+  for (const EvaluationCase& c : cases) {
+    if (c.plan != nullptr)
+      blocks = std::max(blocks, c.plan->PeakBlocks(0, tokens, c.plan->FittedSegments(tokens)));
+  }
+  return blocks + group;
 }
 
 }  // namespace
+
+void Score::Add(const Score& other) {
+  cross_entropy_sum += other.cross_entropy_sum;
+  kl_sum += other.kl_sum;
+  agree += other.agree;
+  right += other.right;
+  tokens += other.tokens;
+  held_bytes += other.held_bytes;
+  exact_bytes += other.exact_bytes;
+}
 
 ModelLimits EvaluationLimits(const LlamaConfig& config) {
   ModelLimits limits;
@@ -80,68 +207,40 @@ ModelLimits EvaluationLimits(const LlamaConfig& config) {
   return limits;
 }
 
-int ParallelSequences(size_t sequences, int context_tokens) {
-  const size_t fill =
-      static_cast<size_t>(std::clamp(kParallelTokens / context_tokens, 1, kParallelSequences));
-  return static_cast<int>(std::clamp<size_t>(sequences, 1, fill));
-}
-
-absl::StatusOr<Score> Evaluate(LlamaModel* model, const KvCache& kv_cache, int parallel_sequences,
-                               std::span<const std::vector<TokenId>> sequences, int first) {
-  const LlamaConfig& config = model->config();
-  size_t longest = 1;
+absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend, const KvCache::Shape& shape,
+                                            std::span<const std::vector<TokenId>> sequences, int first,
+                                            std::span<const EvaluationCase> cases,
+                                            const std::function<void(int, int)>& progress) {
+  size_t longest = 2;
   for (const auto& ids : sequences) longest = std::max(longest, ids.size());
-  const int block_tokens = kv_cache.shape().block_tokens;
-  const int blocks = (static_cast<int>(longest) + block_tokens - 1) / block_tokens;
-  std::deque<Lane> lanes;
-  for (int i = 0; i < parallel_sequences; ++i) {
-    lanes.emplace_back(config.layers, config.kv_heads);
-    FillTable(kv_cache, i, blocks, &lanes.back().table);
-  }
+  const int tokens = static_cast<int>(longest);
+  const int parallel = ParallelSequences(sequences.size(), tokens);
+  const KvPage page(shape.format, shape.block_tokens, shape.head_dim, shape.compressible);
+  absl::StatusOr<KvCache> kv_cache = KvCache::Create(
+      backend, shape, static_cast<size_t>(parallel * BlocksPerSequence(shape, tokens, cases)) * page.bytes());
+  if (!kv_cache.ok()) return kv_cache.status();
 
-  std::vector<Score> scores(sequences.size());
-  size_t next = 0;
-  const auto vocab = static_cast<size_t>(config.vocab_size);
-  Batch batch;
-  std::vector<Lane*> owners;  // of the batch's entries
-  while (true) {
-    batch.Clear();
-    owners.clear();
-    for (Lane& lane : lanes) {
-      while (lane.sequence < 0 && next < sequences.size()) {
-        if (sequences[next].size() >= 2) lane.sequence = static_cast<int>(next);
-        lane.done = 0;
-        ++next;
-      }
-      if (lane.sequence < 0) continue;
-      if (AddRows(&lane, sequences[static_cast<size_t>(lane.sequence)], first, model->limits(), &batch)) {
-        owners.push_back(&lane);
-      }
-    }
-    if (batch.empty()) break;
-    absl::StatusOr<std::span<const float>> logits = model->Forward(batch, kv_cache);
-    if (!logits.ok()) return logits.status();
-    for (size_t e = 0; e < owners.size(); ++e) {
-      const BatchEntry& entry = batch.entries[e];
-      const auto sequence = static_cast<size_t>(owners[e]->sequence);
-      const std::vector<TokenId>& ids = sequences[sequence];
-      for (int i = 0; i < entry.logits; ++i) {
-        const auto row = static_cast<size_t>(entry.first_logit + i);
-        const auto position =
-            static_cast<size_t>(batch.positions[static_cast<size_t>(batch.logit_rows[row])]);
-        Judge(logits->subspan(row * vocab, vocab), ids[position + 1], &scores[sequence]);
-      }
-      if (owners[e]->done + 1 >= static_cast<int>(ids.size())) owners[e]->sequence = -1;
+  const int64_t reference_bytes =
+      std::max<int64_t>(1, tokens - first) * model->config().vocab_size * static_cast<int64_t>(sizeof(float));
+  const auto group = static_cast<size_t>(std::max<int64_t>(parallel, kReferenceBytes / reference_bytes));
+  const int runs = static_cast<int>((sequences.size() + group - 1) / group * (cases.size() + 1));
+  int done = 0;
+  std::vector<Score> totals(cases.size() + 1);
+  for (size_t begin = 0; begin < sequences.size(); begin += group) {
+    const Sequences part = sequences.subspan(begin, std::min(group, sequences.size() - begin));
+    std::vector<Reference> references(part.size());
+    for (size_t c = 0; c < totals.size(); ++c) {
+      const bool exact = c == 0;
+      if (!exact && cases[c - 1].prepare) cases[c - 1].prepare();
+      Run run(model, *kv_cache, parallel, tokens, part, first);
+      absl::StatusOr<std::vector<Score>> scores =
+          run(exact ? nullptr : cases[c - 1].plan, exact, &references);
+      if (!scores.ok()) return scores.status();
+      for (const Score& score : *scores) totals[c].Add(score);
+      if (progress) progress(++done, runs);
     }
   }
-
-  Score total;
-  for (const Score& score : scores) {
-    total.cross_entropy_sum += score.cross_entropy_sum;
-    total.right += score.right;
-    total.tokens += score.tokens;
-  }
-  return total;
+  return totals;
 }
 
 }  // namespace atp

@@ -22,6 +22,7 @@ int Run(int argc, char** argv) {
   AddServe(&app, &exit_code);
   AddGenerate(&app, &exit_code);
   AddEval(&app, &exit_code);
+  AddCalibrate(&app, &exit_code);
   AddBench(&app, &exit_code);
   try {
     app.parse(argc, argv);
@@ -32,7 +33,8 @@ int Run(int argc, char** argv) {
     return 2;
   }
   if (app.get_subcommands().empty()) {
-    std::fprintf(stderr, "atp: a command is required: serve, generate, eval or bench (atp --help)\n");
+    std::fprintf(stderr,
+                 "atp: a command is required: serve, generate, eval, calibrate or bench (atp --help)\n");
     return 2;
   }
   return exit_code;

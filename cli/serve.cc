@@ -89,7 +89,7 @@ absl::Status Server::Load() {
   if (!engine.ok()) return engine.status();
   engine_ = *std::move(engine);
   const ServedModel model = DescribeModel(config_.model, loaded_);
-  LogStart(model.id, loaded_, *engine_);
+  LogStart(model.id, config_.model.path, loaded_, *engine_);
   service_.emplace(engine_.get(), loaded_.tokenizer.get(), *chat, model, config_);
   return absl::OkStatus();
 }

@@ -4,10 +4,12 @@
 #define ATP_CLI_SERVED_ENGINE_H_
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "cli/compression_choice.h"
 #include "config/config.h"
 #include "engine/batching_engine.h"
 #include "engine/llama_model.h"
@@ -24,7 +26,8 @@ struct LoadedModel {
   std::unique_ptr<LlamaModel> model;
   std::unique_ptr<Tokenizer> tokenizer;  // null when the directory has none
   KvFormat kv_format = KvFormat::kF32;
-  int max_context_tokens = 0;  // prompt and answer together
+  int max_context_tokens = 0;     // prompt and answer together
+  CompressionChoice compression;  // of the engine that was made
 };
 
 enum class TokenizerNeed { kRequired, kOptional };
@@ -33,20 +36,28 @@ enum class TokenizerNeed { kRequired, kOptional };
 ModelLimits LimitsOf(const SchedulerConfig& scheduler);
 
 // Shows progress. Errors name the file, and what was expected and found.
-absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& limits, TokenizerNeed need);
+// `wrap`, where given, puts something around the backend before the model sees it.
+using WrapBackend = std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>)>;
+absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& limits, TokenizerNeed need,
+                                      const WrapBackend& wrap = {});
+
+// A cache of the model's shape, in the configured element type and blocks; not compressible.
+KvCache::Shape KvShapeOf(const Config& config, const LoadedModel& loaded);
 
 // kv_cache.memory_bytes, or kv_cache.memory_fraction of the memory that is left now, at most what
 // scheduler.max_running_requests sequences of full length can use.
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded);
-// Bytes of the cache that `sequences` of `tokens` each hold.
+// Bytes of the cache that `sequences` of `tokens` each hold at most.
 size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens);
 
-// `loaded` and `observer` (may be null) outlive the engine.
+// `loaded` and `observer` (may be null) outlive the engine. Sets loaded->compression.
 absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config, LoadedModel* loaded,
                                                            EngineObserver* observer);
 
-// One line: model, dtype, device, KV budget in bytes, blocks and tokens, and the setting that changes it.
-void LogStart(const std::string& name, const LoadedModel& loaded, const BatchingEngine& engine);
+// A line on the model: dtype, device, KV budget in bytes, blocks and tokens, and the setting that changes it;
+// and one on compression: how far, and how many tokens of context fit exact and compressed.
+void LogStart(const std::string& name, const std::string& model_dir, const LoadedModel& loaded,
+              const BatchingEngine& engine);
 
 // The model as clients see it; its id is model.name, or the directory's name.
 ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded);

@@ -25,6 +25,39 @@ void CheckPorts(const ServerConfig& server, std::string* problems) {
   }
 }
 
+void CheckAtp(const Config& config, std::string* problems) {
+  const AtpConfig& atp = config.atp;
+  const int block = config.kv_cache.block_tokens;
+  const struct {
+    const char* key;
+    int tokens;
+  } lengths[] = {{"atp.segment_tokens", atp.segment_tokens}, {"atp.window_tokens", atp.window_tokens}};
+  const bool compresses = atp.ratio > 0 || (atp.preset != "exact" && atp.preset != "auto");
+  for (const auto& length : lengths) {
+    if (!compresses || block <= 0 || length.tokens % 16 != 0 || length.tokens % block == 0)
+      continue;  // or told already
+    absl::StrAppend(problems, length.key, ": ", length.tokens, " is not a multiple of ", block,
+                    " (kv_cache.block_tokens)\n");
+  }
+  if (atp.sink_tokens > atp.segment_tokens) {
+    absl::StrAppend(problems, "atp.sink_tokens: ", atp.sink_tokens, " is more than ", atp.segment_tokens,
+                    " (atp.segment_tokens)\n");
+  }
+  if (atp.max_principal_keys > 0 && atp.max_principal_keys < atp.sink_tokens) {
+    absl::StrAppend(problems, "atp.max_principal_keys: ", atp.max_principal_keys, " is less than ",
+                    atp.sink_tokens, " (atp.sink_tokens); 0 is no cap\n");
+  }
+  if (atp.preset != "exact") return;
+  if (atp.ratio > 0 && atp.ratio < 1) {
+    absl::StrAppend(problems, "atp.ratio: ", atp.ratio,
+                    " contradicts atp.preset: exact; leave one of them out\n");
+  }
+  if (atp.max_principal_keys > 0) {
+    absl::StrAppend(problems, "atp.max_principal_keys: ", atp.max_principal_keys,
+                    " contradicts atp.preset: exact; leave one of them out\n");
+  }
+}
+
 }  // namespace
 
 absl::Status Validate(const Config& config) {
@@ -36,6 +69,7 @@ absl::Status Validate(const Config& config) {
                     "\n");
   }
   CheckPorts(config.server, &problems);
+  CheckAtp(config, &problems);
   if (problems.empty()) return absl::OkStatus();
   problems.pop_back();
   return absl::InvalidArgumentError(problems);

@@ -39,6 +39,18 @@ struct KvCacheConfig {
   bool prefix_cache = true;
 };
 
+// Compression of the KV cache into principal keys: docs/principal_keys.md.
+struct AtpConfig {
+  std::string preset = "auto";   // auto | exact | quality | balanced | compact
+  double ratio = 0;              // principal entries per token of a closed segment; 0: the preset's
+  int segment_tokens = 256;      // compressed at once; a multiple of kv_cache.block_tokens
+  int window_tokens = 256;       // newest tokens that stay exact; the same, or 0
+  int sink_tokens = 4;           // first tokens that stay as they are
+  int max_principal_keys = 0;    // per kv head; 0: as many as there are
+  std::string budgets = "auto";  // auto (atp_budgets.json beside the model, where it is) | uniform | a path
+  bool allow_override = true;    // a request may choose its own preset or ratio
+};
+
 struct ServerConfig {
   std::string host = "127.0.0.1";  // 0.0.0.0 in a container
   int http_port = 8000;            // 0: any free port, printed at start
@@ -75,6 +87,7 @@ struct Config {
   BackendConfig backend;
   SchedulerConfig scheduler;
   KvCacheConfig kv_cache;
+  AtpConfig atp;
   ServerConfig server;
   LimitsConfig limits;
   LogConfig log;

@@ -1,5 +1,6 @@
-// One engine step: which tokens of which sequences run, and which rows' logits are wanted. Made by the scheduler, read by
-// the model and by Commit. Plain data with stable storage; reused from step to step, so a step allocates nothing new.
+// One engine step: which tokens of which sequences run, and which rows' logits are wanted. Made by the
+// scheduler, read by the model and by Commit. Plain data with stable storage; reused from step to step, so a
+// step allocates nothing new.
 #ifndef ATP_ENGINE_BATCH_H_
 #define ATP_ENGINE_BATCH_H_
 
@@ -13,16 +14,21 @@ namespace atp {
 
 class Sequence;
 class BlockTable;
+class CompressionPlan;
 
 struct BatchEntry {
-  Sequence* sequence = nullptr;         // owned by the scheduler; null in offline use (eval)
-  const BlockTable* table = nullptr;    // where its entries lie
-  int first_row = 0;                    // its rows in the batch: [first_row, first_row + rows)
-  int rows = 0;                         // 1 in decode, a chunk in prefill
-  int exact_entries = 0;                // in the cache, this step's rows included (KvSequence::exact_entries)
-  int first_logit = 0;                  // its rows in the logits: [first_logit, first_logit + logits)
-  int logits = 0;                       // 0 in mid-prompt, 1 when it samples, more when prompt log probabilities are wanted;
-                                        // always its last `logits` rows
+  Sequence* sequence = nullptr;       // owned by the scheduler; null in offline use (eval)
+  const BlockTable* table = nullptr;  // where its entries lie
+  int first_row = 0;                  // its rows in the batch: [first_row, first_row + rows)
+  int rows = 0;                       // 1 in decode, a chunk in prefill
+  int exact_entries = 0;              // in the cache, this step's rows included (KvSequence::exact_entries)
+  int first_logit = 0;                // its rows in the logits: [first_logit, first_logit + logits)
+  int logits = 0;  // 0 in mid-prompt, 1 when it samples, more when prompt log probabilities are wanted;
+                   // always its last `logits` rows
+  // Set where the segment of these rows will be compressed: their queries are kept for its fit. Rows never go
+  // beyond the end of a segment.
+  const CompressionPlan* plan = nullptr;
+  bool closes_segment = false;  // with these rows it is whole, and is fitted in this step
 };
 
 struct Batch {

@@ -35,6 +35,7 @@ SchedulerOptions MakeSchedulerOptions(const BatchingEngineOptions& options, cons
   out.kv_heads = kv_cache.shape().kv_heads;
   out.block_tokens = kv_cache.shape().block_tokens;
   out.num_blocks = kv_cache.num_blocks();
+  out.compressible = kv_cache.shape().compressible;
   return out;
 }
 
@@ -51,15 +52,26 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* 
   shape.head_dim = config.head_dim;
   shape.block_tokens = options.block_tokens;
   shape.format = options.kv_format;
+  shape.compressible = Compresses(options.compression);
   absl::StatusOr<KvCache> kv_cache = KvCache::Create(backend, shape, options.kv_memory_bytes);
   if (!kv_cache.ok()) return kv_cache.status();
+  CompressionShape compression;
+  compression.layers = config.layers;
+  compression.heads = config.heads;
+  compression.kv_heads = config.kv_heads;
+  compression.block_tokens = options.block_tokens;
+  compression.query_blocks_per_head = kv_cache->query_page().blocks_per_head();
+  compression.max_positions = MaxPositions(config);
+  absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan =
+      MakeCompressionPlan(options.compression, compression);
+  if (!plan.ok()) return plan.status();
   return std::unique_ptr<BatchingEngine>(
-      new BatchingEngine(model, tokenizer, options, observer, *std::move(kv_cache)));
+      new BatchingEngine(model, tokenizer, options, observer, *std::move(kv_cache), *std::move(plan)));
 }
 
 BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
                                const BatchingEngineOptions& options, EngineObserver* observer,
-                               KvCache kv_cache)
+                               KvCache kv_cache, std::shared_ptr<const CompressionPlan> plan)
     : model_(model),
       tokenizer_(tokenizer),
       eos_(options.eos_token_ids),
@@ -67,6 +79,7 @@ BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
       vocab_size_(static_cast<int>(model->config().vocab_size)),
       max_positions_(MaxPositions(model->config())),
       kv_cache_(std::move(kv_cache)),
+      plan_(std::move(plan)),
       queue_(options.max_waiting_requests),
       scheduler_(MakeSchedulerOptions(options, model->limits(), kv_cache_, max_positions_)),
       sampler_(vocab_size_),
@@ -95,7 +108,8 @@ absl::StatusOr<RequestId> BatchingEngine::Submit(Request request, std::shared_pt
   }
   const int prompt_tokens =
       static_cast<int>(std::min<size_t>(request.prompt.size(), std::numeric_limits<int>::max()));
-  if (absl::Status s = scheduler_.CheckFits(prompt_tokens, request.sampling.max_tokens); !s.ok()) return s;
+  if (absl::Status s = scheduler_.CheckFits(prompt_tokens, request.sampling.max_tokens, plan_.get()); !s.ok())
+    return s;
   if (!request.sampling.seed) {
     std::random_device random;
     request.sampling.seed = static_cast<uint64_t>(random()) << 32 | random();
@@ -108,13 +122,23 @@ EngineStats BatchingEngine::Stats() const {
   stats.requests_waiting = queue_.waiting();
   stats.requests_running = std::max(0, queue_.active() - stats.requests_waiting);
   stats.kv_blocks_total = kv_cache_.num_blocks();
-  stats.kv_blocks_used = blocks_used_.load(std::memory_order_relaxed);
-  stats.kv_blocks_cached = blocks_cached_.load(std::memory_order_relaxed);
   stats.kv_block_bytes = kv_cache_.block_bytes();
   stats.kv_tokens_capacity = kv_cache_.token_capacity();
-  stats.preemptions_total = preemptions_.load(std::memory_order_relaxed);
-  stats.prefix_cache_queries_tokens_total = prefix_queries_.load(std::memory_order_relaxed);
-  stats.prefix_cache_hits_tokens_total = prefix_hits_.load(std::memory_order_relaxed);
+  const std::lock_guard<std::mutex> lock(stats_mutex_);
+  stats.kv_blocks_used = stats_.blocks_used;
+  stats.kv_blocks_cached = stats_.blocks_cached;
+  stats.preemptions_total = stats_.preemptions;
+  stats.prefix_cache_queries_tokens_total = stats_.prefix_queries_tokens;
+  stats.prefix_cache_hits_tokens_total = stats_.prefix_hits_tokens;
+  stats.kv_exact_blocks = stats_.exact_blocks;
+  stats.kv_principal_blocks = stats_.principal_blocks;
+  stats.kv_query_blocks = stats_.query_blocks;
+  stats.kv_exact_entries = stats_.exact_entries;
+  stats.kv_principal_entries = stats_.principal_entries;
+  stats.kv_tokens_compressed = stats_.tokens_compressed;
+  stats.kv_bytes_saved = stats_.blocks_saved * static_cast<int64_t>(kv_cache_.block_bytes());
+  stats.tokens_compressed_total = stats_.tokens_closed;
+  stats.segments_compressed_total = stats_.segments_closed;
   return stats;
 }
 
@@ -148,7 +172,7 @@ void BatchingEngine::Start(Submission submission) {
       continue;
     }
     const absl::Status admitted = scheduler_.Admit(
-        std::make_unique<Sequence>(active->id, active->request, i, max_new_tokens, std::move(stream)));
+        std::make_unique<Sequence>(active->id, active->request, i, max_new_tokens, std::move(stream), plan_));
     if (!admitted.ok()) {
       // Submit asked the same question of the same constants.
       spdlog::critical("event=bug what=\"an accepted request does not fit\" request={} status=\"{}\"",
@@ -283,16 +307,15 @@ void BatchingEngine::Report(const Batch& batch, absl::Duration duration) {
         entry.rows == 1 && batch.positions[entry.first_row] >= entry.sequence->prompt_tokens();
     (decode ? report.decode_tokens : report.prefill_tokens) += entry.rows;
   }
+  report.fits = model_->fits();
+  report.fit_time = model_->fit_time();
   observer_->OnStep(report);
 }
 
 void BatchingEngine::PublishStats() {
   const SchedulerStats stats = scheduler_.stats();
-  blocks_used_.store(stats.blocks_used, std::memory_order_relaxed);
-  blocks_cached_.store(stats.blocks_cached, std::memory_order_relaxed);
-  preemptions_.store(stats.preemptions, std::memory_order_relaxed);
-  prefix_queries_.store(stats.prefix_queries_tokens, std::memory_order_relaxed);
-  prefix_hits_.store(stats.prefix_hits_tokens, std::memory_order_relaxed);
+  const std::lock_guard<std::mutex> lock(stats_mutex_);
+  stats_ = stats;
 }
 
 }  // namespace atp

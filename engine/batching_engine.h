@@ -3,10 +3,10 @@
 #ifndef ATP_ENGINE_BATCHING_ENGINE_H_
 #define ATP_ENGINE_BATCHING_ENGINE_H_
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,6 +15,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/answer_stream.h"
+#include "engine/compression_plan.h"
 #include "engine/engine.h"
 #include "engine/kv_cache.h"
 #include "engine/llama_model.h"
@@ -35,6 +36,7 @@ struct BatchingEngineOptions {
   int max_running_sequences = 64;
   int max_waiting_requests = 1024;
   std::vector<TokenId> eos_token_ids;  // end an answer, unless it ignores them
+  CompressionSettings compression;     // of every request; the defaults compress nothing
 };
 
 class BatchingEngine : public Engine {
@@ -56,11 +58,12 @@ class BatchingEngine : public Engine {
   absl::Duration RetryAfter() const override { return queue_.RetryAfter(); }
 
   const KvCache& kv_cache() const { return kv_cache_; }
-  int max_context_tokens() const { return max_positions_; }  // prompt and answer together
+  const CompressionPlan* plan() const { return plan_.get(); }  // null: exact
+  int max_context_tokens() const { return max_positions_; }    // prompt and answer together
 
  private:
   BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer, const BatchingEngineOptions& options,
-                 EngineObserver* observer, KvCache kv_cache);
+                 EngineObserver* observer, KvCache kv_cache, std::shared_ptr<const CompressionPlan> plan);
 
   // What the engine thread does.
   void Run();
@@ -84,6 +87,7 @@ class BatchingEngine : public Engine {
   const int vocab_size_;
   const int max_positions_;
   const KvCache kv_cache_;
+  const std::shared_ptr<const CompressionPlan> plan_;
 
   RequestQueue queue_;   // shared with front ends' threads
   Scheduler scheduler_;  // CheckFits and MaxNewTokens from any thread, the rest is the engine thread's
@@ -93,12 +97,9 @@ class BatchingEngine : public Engine {
   std::vector<TokenId> tokens_;  // [entries] of the step
   RequestQueue::Intake intake_;
 
-  // Snapshot for Stats(), written by the engine thread.
-  std::atomic<int64_t> blocks_used_{0};
-  std::atomic<int64_t> blocks_cached_{0};
-  std::atomic<uint64_t> preemptions_{0};
-  std::atomic<uint64_t> prefix_queries_{0};
-  std::atomic<uint64_t> prefix_hits_{0};
+  // Snapshot for Stats(), written by the engine thread once a step.
+  mutable std::mutex stats_mutex_;
+  SchedulerStats stats_;
 
   std::thread thread_;  // last: it uses everything above
 };

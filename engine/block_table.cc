@@ -7,6 +7,7 @@ namespace atp {
 BlockTable::BlockTable(int layers, int kv_heads)
     : kv_heads_(kv_heads),
       exact_(static_cast<size_t>(layers) * static_cast<size_t>(kv_heads)),
+      principal_(exact_.size()),
       heads_(exact_.size()) {}
 
 void BlockTable::AppendExact(std::span<const BlockId> ids) {
@@ -18,8 +19,40 @@ void BlockTable::AppendExact(std::span<const BlockId> ids) {
   ++exact_blocks_;
 }
 
+void BlockTable::DropExact(int blocks) {
+  ABSL_ASSERT(blocks <= exact_blocks_);
+  for (std::vector<BlockId>& list : exact_) list.erase(list.begin(), list.begin() + blocks);
+  exact_blocks_ -= blocks;
+}
+
+void BlockTable::AppendPrincipal(std::span<const BlockId> ids, std::span<const int32_t> blocks) {
+  ABSL_ASSERT(blocks.size() == principal_.size());
+  auto next = ids.begin();
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    principal_[i].insert(principal_[i].end(), next, next + blocks[i]);
+    next += blocks[i];
+    heads_[i].principal = principal_[i].data();
+  }
+  ABSL_ASSERT(next == ids.end());
+}
+
+void BlockTable::ShowPrincipal(std::span<const int32_t> blocks, int block_entries) {
+  for (size_t i = 0; i < blocks.size(); ++i) heads_[i].principal_entries += blocks[i] * block_entries;
+}
+
+void BlockTable::DropPrincipal(std::span<const int32_t> blocks, int block_entries) {
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    principal_[i].erase(principal_[i].begin(), principal_[i].begin() + blocks[i]);
+    heads_[i].principal_entries -= blocks[i] * block_entries;
+    ABSL_ASSERT(heads_[i].principal_entries >= 0);
+  }
+}
+
 void BlockTable::Clear() {
   for (std::vector<BlockId>& blocks : exact_) blocks.clear();
+  for (std::vector<BlockId>& blocks : principal_) blocks.clear();
+  for (KvHeadBlocks& head : heads_) head.principal_entries = 0;
+  queries_.clear();
   exact_blocks_ = 0;
 }
 

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "engine/compression_plan.h"
 
 namespace atp {
 namespace {
@@ -80,25 +81,32 @@ absl::StatusOr<KvCache> KvCache::Create(Backend* backend, const Shape& shape, si
                      std::string(Name(shape.format)), " with head_dim ", shape.head_dim, " and blocks of ",
                      shape.block_tokens, " tokens; set kv_cache.format or block_tokens"));
   }
-  const KvPage page(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false);
+  KvCache cache(shape);
+  const size_t block_bytes = cache.block_bytes_;
   const size_t heads = static_cast<size_t>(shape.heads_total());
-  const size_t wanted = memory_bytes / page.bytes();
+  const size_t wanted = memory_bytes / block_bytes;
   if (wanted < heads) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "kv_cache.memory_bytes: expected at least ", heads * page.bytes(), " (one block of ", page.bytes(),
+        "kv_cache.memory_bytes: expected at least ", heads * block_bytes, " (one block of ", block_bytes,
         " bytes for each of ", heads, " heads), found ", memory_bytes, "; raise kv_cache.memory_bytes"));
   }
   const size_t num_blocks = std::min<size_t>(wanted, std::numeric_limits<BlockId>::max());
-  absl::StatusOr<Buffer> memory = backend->Allocate(num_blocks * page.bytes());
+  absl::StatusOr<Buffer> memory = backend->Allocate(num_blocks * block_bytes);
   if (!memory.ok()) {
     return absl::Status(memory.status().code(), absl::StrCat("kv cache: ", memory.status().message(),
                                                              "; lower kv_cache.memory_bytes"));
   }
-  return KvCache(shape, page, *std::move(memory), static_cast<int64_t>(num_blocks));
+  cache.memory_ = *std::move(memory);
+  cache.num_blocks_ = static_cast<int64_t>(num_blocks);
+  return cache;
 }
 
-KvCache::KvCache(const Shape& shape, const KvPage& page, Buffer memory, int64_t num_blocks)
-    : shape_(shape), page_(page), memory_(std::move(memory)), num_blocks_(num_blocks) {}
+KvCache::KvCache(const Shape& shape)
+    : shape_(shape),
+      page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false),
+      principal_page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/true),
+      block_bytes_(shape.compressible ? std::max(page_.bytes(), principal_page_.bytes()) : page_.bytes()),
+      query_page_(block_bytes_, kPrincipalSamples, shape.head_dim) {}
 
 size_t AvailableMemoryBytes(const std::string& root) {
   size_t available = std::numeric_limits<size_t>::max();

@@ -20,6 +20,7 @@ class KvCache {
     int head_dim = 0;
     int block_tokens = 16;  // a multiple of 16
     KvFormat format = KvFormat::kF32;
+    bool compressible = false;  // some sequences may hold principal entries
 
     int heads_total() const { return layers * kv_heads; }  // blocks per block_tokens exact tokens
   };
@@ -30,18 +31,26 @@ class KvCache {
 
   const Shape& shape() const { return shape_; }
   int64_t num_blocks() const { return num_blocks_; }
-  size_t block_bytes() const { return page_.bytes(); }
+  // All blocks are of one size, whatever they hold.
+  size_t block_bytes() const { return block_bytes_; }
   // Exact tokens that the whole pool holds.
   int64_t token_capacity() const { return num_blocks_ / shape_.heads_total() * shape_.block_tokens; }
-  KvPool pool() const { return {memory_.data(), page_.bytes(), &page_, nullptr}; }
+  KvPool pool() const {
+    return {memory_.data(), block_bytes_, &page_, shape_.compressible ? &principal_page_ : nullptr};
+  }
+  // How the queries of a segment that will be compressed are kept until it closes.
+  const QueryPage& query_page() const { return query_page_; }
 
  private:
-  KvCache(const Shape& shape, const KvPage& page, Buffer memory, int64_t num_blocks);
+  explicit KvCache(const Shape& shape);
 
   Shape shape_;
   KvPage page_;
+  KvPage principal_page_;
+  size_t block_bytes_;
+  QueryPage query_page_;
   Buffer memory_;
-  int64_t num_blocks_;
+  int64_t num_blocks_ = 0;
 };
 
 // Bytes that this process may still take: the least of MemAvailable and, for its cgroup (v2 or v1) and each

@@ -8,7 +8,9 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "engine/block_table.h"
+#include "engine/compression_plan.h"
 
 namespace atp {
 namespace {
@@ -43,6 +45,14 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
     Check(entry.exact_entries <= entry.table->exact_blocks() * shape.block_tokens,
           "blocks for all exact entries");
     rows += entry.rows;
+    if (entry.plan == nullptr) continue;
+    const int segment = entry.plan->segment_tokens();
+    const int first = batch.positions[entry.first_row];
+    Check(kv_cache.pool().principal != nullptr, "a cache for principal entries");
+    Check(first % segment + entry.rows <= segment, "rows of one segment");
+    Check(entry.closes_segment == ((first + entry.rows) % segment == 0), "a whole segment closes");
+    Check(entry.table->queries().size() == static_cast<size_t>(entry.plan->query_blocks()),
+          "blocks for the queries");
   }
   Check(rows == batch.rows(), "every row belongs to an entry");
 }
@@ -80,7 +90,11 @@ absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& 
 }
 
 LlamaModel::LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits)
-    : config_(std::move(config)), weights_(std::move(weights)), backend_(backend), limits_(limits) {}
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      backend_(backend),
+      limits_(limits),
+      compactor_(config_.layers, config_.heads, config_.kv_heads) {}
 
 LlamaModel::~LlamaModel() = default;
 
@@ -147,6 +161,8 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     backend_->MatMul({x, weight.view, static_cast<const float*>(bias.view.data), y, rows, accumulate});
   };
 
+  compactor_.Begin(batch);
+  fit_time_ = absl::ZeroDuration();
   backend_->GatherRows({weights_.embedding.view, batch.tokens, hidden});
   for (int l = 0; l < c.layers; ++l) {
     const LlamaLayerWeights& w = weights_.layers[static_cast<size_t>(l)];
@@ -158,10 +174,14 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     linear(normed, w.query, w.query_bias, query);
     linear(normed, w.key, w.key_bias, key);
     linear(normed, w.value, w.value_bias, value);
+    if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
+      backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
+    }
     backend_->Rope({query, batch.positions, inverse_frequency, c.heads, c.head_dim});
     backend_->Rope({key, batch.positions, inverse_frequency, c.kv_heads, c.head_dim});
     backend_->StoreKv({key, value, a.sequences, kv_cache.pool(), c.kv_heads});
     backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
+    FitPrincipalKeys(l, kv_cache);
     linear(attended, w.output, w.output_bias, hidden, /*accumulate=*/true);
 
     norm(hidden, w.mlp_norm, normed, rows);
@@ -182,6 +202,16 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
   }
   if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
   return std::span<const float>(a.host_logits.data(), logits);
+}
+
+// The segments that this step has made whole, in one layer.
+void LlamaModel::FitPrincipalKeys(int layer, const KvCache& kv_cache) {
+  const std::span<const PrincipalFitJob> jobs = compactor_.Jobs(layer);
+  if (jobs.empty()) return;
+  const absl::Time begin = absl::Now();
+  backend_->FitPrincipalKeys({jobs, compactor_.Reports(layer), kv_cache.pool(), &kv_cache.query_page(),
+                              activations_->inverse_frequency.as<float>(), config_.heads / config_.kv_heads});
+  fit_time_ += absl::Now() - begin;
 }
 
 }  // namespace atp

@@ -7,10 +7,12 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "engine/batch.h"
 #include "engine/kv_cache.h"
 #include "engine/llama_config.h"
 #include "engine/llama_weights.h"
+#include "engine/principal_compactor.h"
 #include "kernels/backend.h"
 
 namespace atp {
@@ -39,10 +41,16 @@ class LlamaModel {
   // vocab_size], valid until the next call. Fails only when the device does.
   absl::StatusOr<std::span<const float>> Forward(const Batch& batch, const KvCache& kv_cache);
 
+  // What the last Forward compressed: a report for each fit of a kv head, and the time they took in all (of
+  // the host, so it means little on an asynchronous device).
+  std::span<const PrincipalFitReport> fits() const { return compactor_.reports(); }
+  absl::Duration fit_time() const { return fit_time_; }
+
  private:
   struct Activations;
   LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits);
   absl::Status AllocateActivations();
+  void FitPrincipalKeys(int layer, const KvCache& kv_cache);
 
   LlamaConfig config_;
   LlamaWeights weights_;
@@ -50,6 +58,8 @@ class LlamaModel {
   ModelLimits limits_;
   size_t activation_bytes_ = 0;
   std::unique_ptr<Activations> activations_;
+  PrincipalCompactor compactor_;
+  absl::Duration fit_time_;
 };
 
 }  // namespace atp

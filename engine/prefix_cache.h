@@ -1,38 +1,33 @@
 // Index of computed blocks by the tokens that lead to them, so that equal prefixes are computed once. Holds
-// one share of every group it knows; knows no bytes. A tree: a node is one full block of tokens behind its
-// parent's. A lookup hashes (parent, tokens) and then compares both, so a hash collision costs time and never
-// returns a wrong prefix. Used by one thread. Each method says whether it changes the cache.
+// one share of every group it knows; knows no bytes. A tree: a token node is one full block of tokens behind
+// its parent's; the principal entries of a compressed segment are a child of their own, a leaf, behind the
+// segment's last token node. A lookup hashes (parent, tokens, key) and then compares them, so a hash
+// collision costs time and never returns a wrong prefix. Used by one thread. Each method says whether it
+// changes the cache.
+//
+// What is evicted: leaves, so that no chain is cut off from its root, and the exact blocks of segments that
+// somebody went on without, because they are compressed: those are "covered", and can go from the middle. A
+// node without a group stays as long as it has children, which it names.
 #ifndef ATP_ENGINE_PREFIX_CACHE_H_
 #define ATP_ENGINE_PREFIX_CACHE_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "engine/block_allocator.h"
+#include "engine/compression_plan.h"
 #include "engine/request.h"
 
 namespace atp {
 
-// The settings that cached keys and values depend on, besides the tokens. Two sequences share blocks only
-// when theirs are equal. The defaults are exact attention.
-struct CompressionKey {
-  float ratio = 1.0f;  // principal entries per token of a closed segment
-  int bits = 0;        // per element of principal entries; 0 = as exact ones
-  int segment_tokens = 0;
-  int window_tokens = 0;
-  int sink_tokens = 0;
-  int max_principal_keys = 0;  // 0 = none
-
-  friend bool operator==(const CompressionKey&, const CompressionKey&) = default;
-  template <typename H>
-  friend H AbslHashValue(H h, const CompressionKey& key) {
-    return H::combine(std::move(h), key.ratio, key.bits, key.segment_tokens, key.window_tokens,
-                      key.sink_tokens, key.max_principal_keys);
-  }
-};
+// What cached keys and values depend on, besides the tokens: CompressionPlan::id(), or exact attention. Two
+// sequences share blocks only when theirs are equal.
+using CompressionKey = uint64_t;
+inline constexpr CompressionKey kExactKey = 0;
 
 // Names one node for as long as it lives; a name of an evicted node is recognised as such. The default is the
 // root, the empty prefix.
@@ -43,35 +38,53 @@ struct PrefixNode {
   bool is_root() const { return slot < 0; }
 };
 
+// What a sequence takes over when it goes on behind the matched tokens.
 struct PrefixMatch {
-  PrefixNode last;          // deepest node found
-  int blocks = 0;           // full token blocks found
-  int64_t idle_blocks = 0;  // KV blocks in them that count as idle now and would not any more
+  PrefixNode last;        // deepest node
+  int blocks = 0;         // full token blocks computed already
+  int first_block = 0;    // those before are compressed: only the groups of [first_block, blocks) are needed
+  int first_segment = 0;  // and the principal groups of segments [first_segment, end_segment)
+  int end_segment = 0;
+  const CompressionPlan* plan = nullptr;  // that they were compressed by
+  int64_t idle_blocks = 0;  // KV blocks in all these that count as idle now and would not any more
 };
 
 class PrefixCache {
  public:
-  // `max_groups`: the most groups that can exist; memory for as many nodes is taken at once.
-  PrefixCache(int block_tokens, int64_t max_groups);
+  // `max_nodes`: memory for as many is taken at once. Without compression there is a node for each group.
+  PrefixCache(int block_tokens, int64_t max_nodes);
   ~PrefixCache() { Clear(); }
 
-  // Changes nothing. The longest known chain of full blocks at the start of `tokens`. Callers that need
-  // logits leave out the last token, so that at least one is computed.
-  PrefixMatch Match(std::span<const TokenId> tokens, const CompressionKey& key) const;
+  // Changes nothing. The longest start of `tokens` behind which a sequence can go on that follows `plan`
+  // (null: exact) and fits `fitted_segments` segments. Callers that need logits leave out the last token, so
+  // that at least one is computed. Where the next segment will be fitted, that is the end of a segment,
+  // because the queries of its first tokens are not kept here.
+  PrefixMatch Match(std::span<const TokenId> tokens, const CompressionPlan* plan = nullptr,
+                    int fitted_segments = 0) const;
 
-  // Changes the order of eviction. Appends a share of each group of `match` to `groups`, first block first.
-  // The match must be of now: no change of the cache in between.
-  void Acquire(const PrefixMatch& match, std::vector<BlockGroup>* groups);
+  // Changes the order of eviction. Appends a share of each group of `match`, first ones first. The match must
+  // be of now: no change of the cache in between.
+  void Acquire(const PrefixMatch& match, std::vector<BlockGroup>* exact, std::vector<BlockGroup>* principal);
 
-  // Adds a node. `tokens`: the block_tokens tokens behind `parent`, whose group the caller holds (so it is
-  // there still). Where the node is known already (two sequences computed the same tokens side by side),
-  // `group` becomes a share of the known group, which has the same content: who holds a block thus holds all
-  // blocks before it, too.
-  PrefixNode Insert(PrefixNode parent, std::span<const TokenId> tokens, const CompressionKey& key,
-                    BlockGroup* group);
+  // Adds a node. `tokens`: the block_tokens tokens behind `parent`, which the caller keeps alive (it holds
+  // its group, or that of a node behind it). Where a group is known already (two sequences computed the same
+  // tokens side by side), `group` becomes a share of the known one, which has the same content. Nothing where
+  // there is no room for another node.
+  std::optional<PrefixNode> Insert(PrefixNode parent, std::span<const TokenId> tokens, CompressionKey key,
+                                   BlockGroup* group);
+  // The same for the principal entries of the segment that ends with `end`.
+  std::optional<PrefixNode> InsertPrincipal(PrefixNode end, CompressionKey key, BlockGroup* group) {
+    return Insert(end, {}, key, group);
+  }
 
-  // Removes the least recently used leaf that nobody else holds; false when there is none. Leaves only, so
-  // that no chain is ever cut off from its root.
+  // The caller goes on without the exact groups of `blocks` nodes, `behind` nodes before `node`, and will not
+  // ask for them again: each may be evicted as soon as nobody holds it.
+  void Cover(PrefixNode node, int behind, int blocks);
+  // Principal groups on the way to `node` count as used now, the first ones last: it is they that all others
+  // build on.
+  void TouchPrincipal(PrefixNode node, const CompressionPlan& plan);
+
+  // Removes the least recently used group that nobody else holds and nobody needs; false when there is none.
   bool EvictOne();
   // Evicts until `allocator` has `blocks` free ones; false when that is not possible (what could go is gone
   // then).
@@ -79,7 +92,7 @@ class PrefixCache {
   // Forgets everything, whoever holds it.
   void Clear();
 
-  int64_t size() const { return size_; }  // nodes, one group each
+  int64_t size() const { return size_; }  // nodes
 
   // Changes nothing. For tests: appends every handle, and checks the tree.
   void AppendHandles(std::vector<const BlockGroup*>* handles) const;
@@ -87,42 +100,57 @@ class PrefixCache {
 
  private:
   struct Node {
-    BlockGroup group;  // empty: a free slot
+    bool used = false;  // false: a free slot
+    bool principal = false;
+    bool covered = false;  // for good
+    bool listed = false;   // in the list of what can be evicted: it has a group, and is a leaf or covered
+    BlockGroup group;      // empty: evicted from the middle
     uint32_t generation = 0;
     int32_t parent = -1;
+    int32_t depth = 0;  // token nodes up to and with this one
     int32_t children = 0;
     int32_t next_in_bucket = -1;  // or next free slot
-    // Leaves are in a list, least recently used first. Only leaves can go, so only they are ordered.
     int32_t older = -1;
     int32_t newer = -1;
     uint64_t last_use = 0;
     size_t bucket = 0;
-    CompressionKey key;
+    CompressionKey key = kExactKey;
   };
 
   std::span<const TokenId> Tokens(int32_t slot) const {
-    return {tokens_.data() + static_cast<size_t>(slot) * block_tokens_, static_cast<size_t>(block_tokens_)};
+    const size_t count = nodes_[slot].principal ? 0 : static_cast<size_t>(block_tokens_);
+    return {tokens_.data() + static_cast<size_t>(slot) * block_tokens_, count};
   }
   bool Alive(PrefixNode node) const {
-    return node.slot >= 0 && nodes_[node.slot].generation == node.generation &&
-           !nodes_[node.slot].group.empty();
+    return node.slot >= 0 && nodes_[node.slot].used && nodes_[node.slot].generation == node.generation;
   }
-  size_t Bucket(int32_t parent, std::span<const TokenId> tokens, const CompressionKey& key) const;
-  int32_t Find(int32_t parent, std::span<const TokenId> tokens, const CompressionKey& key) const;  // -1: none
-  void LinkLeaf(int32_t slot);  // by last_use
-  void UnlinkLeaf(int32_t slot);
+  size_t Bucket(int32_t parent, std::span<const TokenId> tokens, CompressionKey key) const;
+  int32_t Find(int32_t parent, std::span<const TokenId> tokens, CompressionKey key) const;  // -1: none
+  // The node of a segment's principal entries behind its last token node `end`, if it has them; else -1.
+  int32_t FindPrincipal(int32_t end, CompressionKey key) const {
+    const int32_t slot = Find(end, {}, key);
+    return slot >= 0 && !nodes_[slot].group.empty() ? slot : -1;
+  }
+  // Match, once the chain of token nodes is in path_.
+  bool Resumable(int blocks, const CompressionPlan& plan, int fitted_segments, PrefixMatch* match) const;
+  int64_t IdleBlocks(int32_t slot) const;
+  int32_t NewSlot();  // -1: none
+  void Attach(int32_t slot, BlockGroup* group);
+  void List(int32_t slot);    // where it can be evicted, by last_use
+  void Unlist(int32_t slot);  // where it is listed
   void Touch(int32_t slot);
-  void Remove(int32_t slot);  // a leaf
+  void Evict(int32_t slot);  // its group, and the node and its parents where nothing is left of them
 
   int block_tokens_;
   std::vector<Node> nodes_;
   std::vector<TokenId> tokens_;   // [nodes, block_tokens]
   std::vector<int32_t> buckets_;  // first node, or -1; a power of two of them
   int32_t free_slot_ = -1;
-  int32_t oldest_leaf_ = -1;
-  int32_t newest_leaf_ = -1;
+  int32_t oldest_ = -1;  // of what can be evicted
+  int32_t newest_ = -1;
   uint64_t clock_ = 0;  // counts uses
   int64_t size_ = 0;
+  mutable std::vector<int32_t> path_;  // of Match
 };
 
 }  // namespace atp

@@ -6,6 +6,11 @@
 #include "absl/strings/str_cat.h"
 
 namespace atp {
+namespace {
+
+constexpr int kNodesPerGroup = 4;  // where history is compressed
+
+}  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
@@ -14,8 +19,11 @@ Scheduler::Scheduler(const SchedulerOptions& options)
       max_running_(std::max(
           1, std::min({options.max_running_sequences, options.max_batch_tokens, options.max_logit_rows}))),
       allocator_(options.num_blocks),
-      cache_(options.block_tokens,
-             options.num_blocks / (static_cast<int64_t>(options.layers) * options.kv_heads)) {
+      // A group takes a block of every head at least. With compression there are nodes without a group, too:
+      // of tokens that live on as principal entries.
+      cache_(options.block_tokens, options.num_blocks /
+                                       (static_cast<int64_t>(options.layers) * options.kv_heads) *
+                                       (options.compressible ? kNodesPerGroup : 1)) {
   running_.reserve(max_running_ + 1);
 }
 
@@ -23,7 +31,7 @@ int Scheduler::MaxNewTokens(int prompt_tokens, int max_tokens) const {
   return std::min(max_tokens, options_.max_positions - prompt_tokens);
 }
 
-absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens) const {
+absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens, const CompressionPlan* plan) const {
   // A prompt that is only scored needs no position behind it.
   if (prompt_tokens > options_.max_positions - (max_tokens > 0 ? 1 : 0)) {
     return absl::InvalidArgumentError(
@@ -31,7 +39,9 @@ absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens) const {
                      " positions: a prompt can have at most ", options_.max_positions - 1, " tokens"));
   }
   const int new_tokens = MaxNewTokens(prompt_tokens, max_tokens);
-  const int64_t needed = static_cast<int64_t>(Groups(prompt_tokens + new_tokens)) * group_blocks();
+  const int total = prompt_tokens + new_tokens;
+  const int fitted = plan != nullptr ? plan->FittedSegments(total - (new_tokens > 0 ? 1 : 0)) : 0;
+  const int64_t needed = PeakBlocks(plan, fitted, 0, total);
   if (needed > options_.num_blocks) {
     const int64_t capacity = options_.num_blocks / group_blocks() * options_.block_tokens;
     return absl::InvalidArgumentError(
@@ -44,8 +54,9 @@ absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens) const {
 
 absl::Status Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
   if (sequence->prompt_tokens() == 0) return absl::InvalidArgumentError("the prompt is empty");
-  if (absl::Status fits = CheckFits(sequence->prompt_tokens(), sequence->max_new_tokens()); !fits.ok())
-    return fits;
+  const absl::Status fits =
+      CheckFits(sequence->prompt_tokens(), sequence->max_new_tokens(), sequence->plan());
+  if (!fits.ok()) return fits;
   sequence->arrival_ = ++arrivals_;
   next_deadline_ = std::min(next_deadline_, sequence->request().deadline);
   const Order order = OrderOf(*sequence);
@@ -132,6 +143,10 @@ void Scheduler::BuildBatch() {
     entry.exact_entries = s->exact_entries_ + s->planned_rows_;
     entry.first_logit = static_cast<int>(batch_.logit_rows.size());
     entry.logits = s->planned_logits_;
+    if (FitsOpenSegment(*s)) {
+      entry.plan = s->plan();
+      entry.closes_segment = ClosesSegment(*s, s->planned_rows_);
+    }
     for (int i = 0; i < entry.rows; ++i) {
       batch_.tokens.push_back(s->token(s->position_ + i));
       batch_.positions.push_back(s->position_ + i);
@@ -147,7 +162,7 @@ void Scheduler::BuildBatch() {
 bool Scheduler::PlanRows(Sequence* s) {
   const int rows = ChunkRows(*s);
   if (rows <= 0) return true;  // this step has no room for it
-  if (!EnsureBlocks(s, s->exact_entries_ + rows)) return false;
+  if (!EnsureBlocks(s, rows)) return false;
   // Preempting others can only have given back room, so `rows` still fits.
   s->planned_rows_ = rows;
   s->planned_logits_ = WantedLogits(*s, rows);
@@ -159,6 +174,10 @@ bool Scheduler::PlanRows(Sequence* s) {
 int Scheduler::ChunkRows(const Sequence& s) const {
   int rows = std::min(
       {s.total_tokens() - s.position_, tokens_left_, std::max(1, options_.max_prefill_chunk_tokens)});
+  if (s.fitted_segments_ > 0) {  // what a row sees is the same all through a segment
+    const int segment = s.plan_->segment_tokens();
+    rows = std::min(rows, segment - s.position_ % segment);
+  }
   if (s.scores_prompt() && s.scored_tokens_ < s.prompt_tokens()) {
     // Nothing is generated before the prompt is scored, so every row from scored_tokens_ on wants its logits.
     const int without_logits = std::max(0, s.scored_tokens_ - s.position_);
@@ -174,29 +193,6 @@ int Scheduler::WantedLogits(const Sequence& s, int rows) const {
     return std::max(0, end - std::max(s.position_, s.scored_tokens_));
   }
   return end == s.total_tokens() ? 1 : 0;
-}
-
-// Takes blocks until `s` can hold `entries`; preempts from the end of the order while there are none. False
-// when the end of the order was `s` itself.
-bool Scheduler::EnsureBlocks(Sequence* s, int entries) {
-  while (static_cast<int>(s->groups_.size()) < Groups(entries)) {
-    if (AllocateGroup(s)) continue;
-    Sequence* victim = running_.back().get();
-    Preempt(victim);
-    if (victim == s) return false;
-  }
-  return true;
-}
-
-bool Scheduler::AllocateGroup(Sequence* s) {
-  // Evicting is of no use when it cannot give a whole group.
-  if (allocator_.free_blocks() + allocator_.idle_blocks() < group_blocks()) return false;
-  if (!cache_.EvictUntil(allocator_, group_blocks())) return false;
-  std::optional<BlockGroup> group = allocator_.Allocate(group_blocks());
-  if (!group) return false;
-  s->table_->AppendExact(group->ids());
-  s->groups_.push_back(*std::move(group));
-  return true;
 }
 
 void Scheduler::Preempt(Sequence* s) {
@@ -230,9 +226,9 @@ bool Scheduler::TryAdmit(Waiting::iterator position) {
   if (!MakeRoom(*s)) return false;
   const PrefixMatch match = MatchPrefix(*s);
   const int matched_tokens = match.blocks * options_.block_tokens;
-  s->position_ = s->exact_entries_ = matched_tokens;
+  s->position_ = matched_tokens;
   if (ChunkRows(*s) <= 0) {
-    s->position_ = s->exact_entries_ = 0;
+    s->position_ = 0;
     return false;
   }
   if (!s->was_running_) {
@@ -243,8 +239,12 @@ bool Scheduler::TryAdmit(Waiting::iterator position) {
     s->generated_.reserve(s->max_new_tokens_);
   }
   if (s->table_ == nullptr) s->table_ = std::make_unique<BlockTable>(options_.layers, options_.kv_heads);
-  cache_.Acquire(match, &s->groups_);
-  for (const BlockGroup& group : s->groups_) s->table_->AppendExact(group.ids());
+  cache_.Acquire(match, &s->groups_, &s->principal_);
+  s->exact_entries_ = (match.blocks - match.first_block) * options_.block_tokens;
+  s->first_principal_ = match.first_segment;
+  s->closed_segments_ = match.end_segment;
+  s->visible_segments_ = match.plan != nullptr ? match.first_block / match.plan->blocks_per_segment() : 0;
+  RebuildTable(s);
   s->cache_node_ = match.last;
   s->indexed_blocks_ = match.blocks;
   s->state_ = SequenceState::kRunning;
@@ -267,8 +267,7 @@ bool Scheduler::MakeRoom(const Sequence& s) {
   int64_t reclaimable = 0;  // at most: shared groups count more than once
   for (const auto& r : running_) {
     if (!behind(*r)) continue;
-    for (const BlockGroup& group : r->groups_) reclaimable += static_cast<int64_t>(group.ids().size());
-    reclaimable += BlocksStillWanted(*r);
+    reclaimable += r->held_blocks() + BlocksStillWanted(*r);
   }
   if (BlocksShort(s) > reclaimable) return false;
   while (!running_.empty() && behind(*running_.back()) && (full() || BlocksShort(s) > 0)) {
@@ -280,27 +279,35 @@ bool Scheduler::MakeRoom(const Sequence& s) {
 PrefixMatch Scheduler::MatchPrefix(const Sequence& s) const {
   if (!options_.prefix_cache || s.scores_prompt()) return {};
   // All but the last token: at least one must be computed, for its logits.
-  if (s.generated_.empty()) return cache_.Match(s.prompt().first(s.prompt_tokens() - 1), CompressionKey());
+  if (s.generated_.empty()) {
+    return cache_.Match(s.prompt().first(s.prompt_tokens() - 1), s.plan(), s.fitted_segments_);
+  }
   tokens_scratch_.assign(s.prompt().begin(), s.prompt().end());
   tokens_scratch_.insert(tokens_scratch_.end(), s.generated_.begin(), s.generated_.end() - 1);
-  return cache_.Match(tokens_scratch_, CompressionKey());
+  return cache_.Match(tokens_scratch_, s.plan(), s.fitted_segments_);
 }
 
 // How many blocks are lacking to admit `s`, counting what the running ones will still take for their prompts
 // and one block more each, so that who is admitted is not preempted at once. Positive: too few.
 int64_t Scheduler::BlocksShort(const Sequence& s) const {
   const PrefixMatch match = MatchPrefix(s);
-  const int entries = std::min(s.total_tokens() + 1, s.max_total_tokens());
-  int64_t needed = static_cast<int64_t>(Groups(entries) - match.blocks) * group_blocks();
+  const int tokens = std::min(s.total_tokens() + 1, s.max_total_tokens());
+  int64_t needed = PeakBlocks(s.plan(), s.fitted_segments_, match.blocks * options_.block_tokens, tokens);
+  int64_t found = static_cast<int64_t>(match.blocks - match.first_block) * group_blocks();
+  for (int segment = match.first_segment; segment < match.end_segment; ++segment)
+    found += match.plan->TotalGroupBlocks(segment);
+  needed -= found;
   for (const auto& r : running_) needed += BlocksStillWanted(*r);
   return needed - (allocator_.free_blocks() + allocator_.idle_blocks() - match.idle_blocks);
 }
 
 int64_t Scheduler::BlocksStillWanted(const Sequence& running) const {
   const int tokens = std::min(running.total_tokens() + options_.block_tokens, running.max_total_tokens());
-  const int entries = tokens - (running.position_ - running.exact_entries_);
-  return std::max<int64_t>(0, Groups(entries) - static_cast<int64_t>(running.groups_.size())) *
-         group_blocks();
+  const int64_t peak = PeakBlocks(running.plan(), running.fitted_segments_, running.position_, tokens);
+  const int64_t held = running.fitted_segments_ > 0
+                           ? running.held_blocks()
+                           : static_cast<int64_t>(running.groups_.size()) * group_blocks();
+  return std::max<int64_t>(0, peak - held);
 }
 
 // ---- after a step ----
@@ -315,37 +322,18 @@ void Scheduler::Commit(const Batch& batch, std::span<const TokenId> tokens) {
     if (s->scores_prompt()) {
       s->scored_tokens_ = std::max(s->scored_tokens_, std::min(s->position_, s->prompt_tokens()));
     }
+    if (batch.entries[i].closes_segment) {
+      ++s->closed_segments_;
+      ++segments_closed_;
+      tokens_closed_ += static_cast<uint64_t>(s->plan_->segment_tokens());
+    }
     if (options_.prefix_cache) IndexFullBlocks(s);
+    if (s->fitted_segments_ > 0) AdvanceWindow(s);
     if (s->position_ == s->total_tokens()) s->generated_.push_back(tokens[i]);
   }
 }
 
-void Scheduler::IndexFullBlocks(Sequence* s) {
-  const int full = s->position_ / options_.block_tokens;
-  bool replaced = false;
-  while (s->indexed_blocks_ < full) {
-    const int first = s->indexed_blocks_ * options_.block_tokens;
-    tokens_scratch_.clear();
-    for (int i = 0; i < options_.block_tokens; ++i) tokens_scratch_.push_back(s->token(first + i));
-    BlockGroup& group = s->groups_[s->indexed_blocks_++];
-    const BlockId before = group.ids().front();
-    s->cache_node_ = cache_.Insert(s->cache_node_, tokens_scratch_, CompressionKey(), &group);
-    replaced |= group.ids().front() != before;
-  }
-  if (!replaced) return;
-  s->table_->Clear();
-  for (const BlockGroup& group : s->groups_) s->table_->AppendExact(group.ids());
-}
-
 // ---- endings ----
-
-void Scheduler::ReleaseBlocks(Sequence* s) {
-  s->groups_.clear();
-  if (s->table_ != nullptr) s->table_->Clear();
-  s->position_ = s->exact_entries_ = 0;
-  s->cache_node_ = PrefixNode();
-  s->indexed_blocks_ = 0;
-}
 
 std::unique_ptr<Sequence> Scheduler::RemoveRunning(Sequence* s) {
   const auto it = std::find_if(running_.begin(), running_.end(), [s](const auto& r) { return r.get() == s; });
@@ -412,42 +400,24 @@ SchedulerStats Scheduler::stats() const {
   stats.preemptions = preemptions_;
   stats.prefix_queries_tokens = prefix_queries_tokens_;
   stats.prefix_hits_tokens = prefix_hits_tokens_;
+  stats.segments_closed = segments_closed_;
+  stats.tokens_closed = tokens_closed_;
+  for (const auto& s : running_) {
+    const int64_t exact = static_cast<int64_t>(s->groups_.size()) * group_blocks();
+    const int64_t queries = static_cast<int64_t>(s->queries_.ids().size());
+    const int64_t principal = s->fitted_segments_ > 0 ? s->held_blocks() - exact - queries : 0;
+    stats.exact_blocks += exact;
+    stats.query_blocks += queries;
+    stats.principal_blocks += principal;
+    stats.exact_entries += static_cast<int64_t>(s->exact_entries_) * group_blocks();
+    if (s->visible_segments_ == 0) continue;
+    for (int k = s->first_principal_; k < s->visible_segments_; ++k)
+      stats.principal_entries += s->plan_->TotalGroupEntries(k);
+    const int tokens = s->visible_segments_ * s->plan_->segment_tokens();
+    stats.tokens_compressed += tokens;
+    stats.blocks_saved += static_cast<int64_t>(Groups(tokens)) * group_blocks() - principal;
+  }
   return stats;
-}
-
-absl::Status Scheduler::CheckInvariants() const {
-  std::vector<const BlockGroup*> handles;
-  cache_.AppendHandles(&handles);
-  const auto fail = [](const Sequence& s, const char* what) {
-    return absl::InternalError(absl::StrCat("sequence ", s.id(), "/", s.index(), ": ", what));
-  };
-  for (size_t i = 0; i < running_.size(); ++i) {
-    const Sequence& s = *running_[i];
-    if (s.state_ != SequenceState::kRunning) return fail(s, "runs in another state");
-    if (i > 0 && !Sequence::Before(*running_[i - 1], s)) return fail(s, "is out of order");
-    if (s.position_ > s.total_tokens()) return fail(s, "has computed more than its tokens");
-    if (static_cast<int>(s.groups_.size()) < Groups(s.exact_entries_)) return fail(s, "has too few blocks");
-    if (s.table_->exact_blocks() != static_cast<int>(s.groups_.size()))
-      return fail(s, "table and groups disagree");
-    for (size_t g = 0; g < s.groups_.size(); ++g) {
-      handles.push_back(&s.groups_[g]);
-      for (int head = 0; head < group_blocks(); ++head) {
-        const KvHeadBlocks& blocks = s.table_->Layer(head / options_.kv_heads)[head % options_.kv_heads];
-        if (blocks.exact[g] != s.groups_[g].ids()[head])
-          return fail(s, "table has another block than the group");
-      }
-    }
-  }
-  if (static_cast<int>(running_.size()) > max_running_) return absl::InternalError("too many run");
-  for (const auto& [order, s] : waiting_) {
-    if (s->state_ != SequenceState::kWaiting) return fail(*s, "waits in another state");
-    if (!s->groups_.empty()) return fail(*s, "waits and holds blocks");
-  }
-  for (const auto& s : finished_) {
-    if (!s->groups_.empty()) return fail(*s, "has finished and holds blocks");
-  }
-  if (absl::Status status = cache_.Check(); !status.ok()) return status;
-  return allocator_.Check(handles);
 }
 
 }  // namespace atp

@@ -35,6 +35,7 @@ struct SchedulerOptions {
   int kv_heads = 0;
   int block_tokens = 16;
   int64_t num_blocks = 0;
+  bool compressible = false;  // sequences may have a plan
 };
 
 struct SchedulerStats {
@@ -46,6 +47,16 @@ struct SchedulerStats {
   uint64_t preemptions = 0;
   uint64_t prefix_queries_tokens = 0;  // looked for, on first admissions
   uint64_t prefix_hits_tokens = 0;     // and found
+  // Of running sequences; groups that are shared count for each of them.
+  int64_t exact_blocks = 0;
+  int64_t principal_blocks = 0;
+  int64_t query_blocks = 0;
+  int64_t exact_entries = 0;  // per head, summed over heads
+  int64_t principal_entries = 0;
+  int64_t tokens_compressed = 0;  // they see now only as principal entries
+  int64_t blocks_saved = 0;       // that these tokens would take, less the principal ones
+  uint64_t segments_closed = 0;   // fits of a whole segment since the start
+  uint64_t tokens_closed = 0;
 };
 
 class Scheduler {
@@ -54,7 +65,7 @@ class Scheduler {
 
   // InvalidArgument, with the numbers, when such a request could never be served whole. Reads constants only:
   // any thread.
-  absl::Status CheckFits(int prompt_tokens, int max_tokens) const;
+  absl::Status CheckFits(int prompt_tokens, int max_tokens, const CompressionPlan* plan = nullptr) const;
   // `max_tokens` cut to what the positions leave behind the prompt. Any thread.
   int MaxNewTokens(int prompt_tokens, int max_tokens) const;
 
@@ -102,8 +113,9 @@ class Scheduler {
   bool PlanRows(Sequence* s);  // false: it was preempted itself
   int ChunkRows(const Sequence& s) const;
   int WantedLogits(const Sequence& s, int rows) const;
-  bool EnsureBlocks(Sequence* s, int entries);
-  bool AllocateGroup(Sequence* s);
+  bool EnsureBlocks(Sequence* s, int rows);
+  bool TakeBlocks(Sequence* s, int rows);
+  std::optional<BlockGroup> AllocateGroup(int blocks);
   void Preempt(Sequence* s);
 
   // Waiting sequences.
@@ -114,7 +126,15 @@ class Scheduler {
   int64_t BlocksShort(const Sequence& s) const;
   int64_t BlocksStillWanted(const Sequence& running) const;
 
+  // Compression.
+  bool FitsOpenSegment(const Sequence& s) const;
+  bool ClosesSegment(const Sequence& s, int rows) const;
+  void AdvanceWindow(Sequence* s);
+  int64_t PeakBlocks(const CompressionPlan* plan, int fitted_segments, int from, int to) const;
+
   void IndexFullBlocks(Sequence* s);
+  void RebuildTable(Sequence* s);
+  absl::Status CheckCompression(const Sequence& s) const;
   void ReleaseBlocks(Sequence* s);
   std::unique_ptr<Sequence> RemoveRunning(Sequence* s);
   void MoveToFinished(std::unique_ptr<Sequence> s, FinishReason reason);
@@ -142,6 +162,8 @@ class Scheduler {
   uint64_t preemptions_ = 0;
   uint64_t prefix_queries_tokens_ = 0;
   uint64_t prefix_hits_tokens_ = 0;
+  uint64_t segments_closed_ = 0;
+  uint64_t tokens_closed_ = 0;
 };
 
 }  // namespace atp

@@ -11,6 +11,7 @@
 #include "engine/answer_stream.h"
 #include "engine/block_allocator.h"
 #include "engine/block_table.h"
+#include "engine/compression_plan.h"
 #include "engine/prefix_cache.h"
 #include "engine/request.h"
 
@@ -26,9 +27,9 @@ class Sequence {
  public:
   // `request` is shared with the other answers and never changes. `max_new_tokens`:
   // SamplingParams::max_tokens, cut to what the model's positions leave. `stream` receives what is generated;
-  // the scheduler never looks at it.
+  // the scheduler never looks at it. `plan`: how its history is compressed; null: exact.
   Sequence(RequestId id, std::shared_ptr<const Request> request, int index, int max_new_tokens,
-           std::unique_ptr<AnswerStream> stream);
+           std::unique_ptr<AnswerStream> stream, std::shared_ptr<const CompressionPlan> plan = nullptr);
   ~Sequence();
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
@@ -39,6 +40,10 @@ class Sequence {
   const Request& request() const { return *request_; }
   int priority() const { return request_->priority; }
   int max_new_tokens() const { return max_new_tokens_; }
+  const CompressionPlan* plan() const { return plan_.get(); }
+  // Segments that will be compressed, because a token that may be computed sees them so; 0: it is exact, plan
+  // or not, and nothing is spent on compression.
+  int fitted_segments() const { return fitted_segments_; }
   // Whether log probabilities of the prompt are wanted: then every row of it needs logits.
   bool scores_prompt() const { return request_->echo_prompt && request_->sampling.logprobs.has_value(); }
 
@@ -61,6 +66,13 @@ class Sequence {
   // only.
   int exact_entries() const { return exact_entries_; }
   std::span<const BlockGroup> groups() const { return groups_; }
+  // Segments whose principal entries it sees instead of their tokens.
+  int visible_segments() const { return visible_segments_; }
+  // Principal groups it holds, of segments in a row: those that it sees first, then those still in the
+  // window.
+  std::span<const BlockGroup> principal_groups() const { return principal_; }
+  const BlockGroup& query_group() const { return queries_; }
+  int64_t held_blocks() const;                         // in all its groups
   const BlockTable& table() const { return *table_; }  // of a running sequence
   int cached_tokens() const { return cached_tokens_; }
   // Prompt rows whose logits were seen; rows before are not asked for again after a preemption.
@@ -81,6 +93,8 @@ class Sequence {
   int index_;
   int max_new_tokens_;
   std::unique_ptr<AnswerStream> stream_;
+  std::shared_ptr<const CompressionPlan> plan_;
+  int fitted_segments_;
   std::vector<TokenId> generated_;
 
   SequenceState state_ = SequenceState::kWaiting;
@@ -93,10 +107,17 @@ class Sequence {
   int scored_tokens_ = 0;
   bool was_running_ = false;  // cached tokens count once, not again after a preemption
 
-  std::vector<BlockGroup> groups_;     // one per block of exact tokens, in order
-  std::unique_ptr<BlockTable> table_;  // the ids of `groups_`
+  // One per block of exact tokens, in order, from the first token that is not compressed.
+  std::vector<BlockGroup> groups_;
+  int visible_segments_ = 0;
+  int closed_segments_ = 0;  // of the fitted ones: those whose principal entries are computed
+  int first_principal_ = 0;  // segment of principal_[0]
+  std::vector<BlockGroup> principal_;
+  BlockGroup queries_;                 // kept queries of the open segment; from the first to the last fit
+  std::unique_ptr<BlockTable> table_;  // the ids of all these
   PrefixNode cache_node_;              // the prefix cache's name of the first indexed_blocks_ blocks
-  int indexed_blocks_ = 0;
+  int indexed_blocks_ = 0;             // of its tokens, compressed ones too
+  bool indexing_ = true;               // false: the prefix cache had no room for more of it
 
   int planned_rows_ = 0;  // in the step being made
   int planned_logits_ = 0;

@@ -51,6 +51,8 @@ class Backend {
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
   virtual void StoreKv(const StoreKvArgs& args) = 0;
   virtual void Attention(const AttentionArgs& args) = 0;
+  virtual void StoreQueries(const StoreQueriesArgs& args) = 0;
+  virtual void FitPrincipalKeys(const FitPrincipalKeysArgs& args) = 0;
 
   virtual absl::Status Synchronize() = 0;
 };

@@ -1,5 +1,6 @@
-// One plain struct per op. Pointers are device memory of the backend unless a comment says host; activations are fp32,
-// row-major. A "row" is one token of the step's batch; rows of different sequences lie side by side.
+// One plain struct per op. Pointers are device memory of the backend unless a comment says host; activations
+// are fp32, row-major. A "row" is one token of the step's batch; rows of different sequences lie side by
+// side.
 #ifndef ATP_KERNELS_OP_ARGS_H_
 #define ATP_KERNELS_OP_ARGS_H_
 
@@ -12,15 +13,16 @@
 
 namespace atp {
 
-// out[i] = table[indices[i]], converted to fp32: token embedding, and picking the rows whose logits are wanted.
+// out[i] = table[indices[i]], converted to fp32: token embedding, and picking the rows whose logits are
+// wanted.
 struct GatherRowsArgs {
-  TensorView table;                   // [n, dim], any DType
-  std::span<const int32_t> indices;   // host, [rows], each in [0, n)
-  float* out = nullptr;               // [rows, dim]
+  TensorView table;                  // [n, dim], any DType
+  std::span<const int32_t> indices;  // host, [rows], each in [0, n)
+  float* out = nullptr;              // [rows, dim]
 };
 
-// y = x·Wᵀ + bias, or y += x·Wᵀ + bias (residual connection). Each output element is accumulated in an order that does
-// not depend on `rows`: that is what makes results independent of the batch.
+// y = x·Wᵀ + bias, or y += x·Wᵀ + bias (residual connection). Each output element is accumulated in an order
+// that does not depend on `rows`: that is what makes results independent of the batch.
 struct MatMulArgs {
   const float* x = nullptr;     // [rows, in]
   TensorView weight;            // [out, in], any DType
@@ -41,11 +43,12 @@ struct RmsNormArgs {
 };
 
 // Rotates pairs (i, i + head_dim/2) of every head in place by angle positions[row] · inverse_frequency[i]
-// (half-split pairs, as in Hugging Face checkpoints). The angle is computed in double, so far positions stay exact.
+// (half-split pairs, as in Hugging Face checkpoints). The angle is computed in double, so far positions stay
+// exact.
 struct RopeArgs {
-  float* x = nullptr;                       // [rows, heads, head_dim], in place
-  std::span<const int32_t> positions;       // host, [rows]
-  const float* inverse_frequency = nullptr; // [head_dim / 2]
+  float* x = nullptr;                        // [rows, heads, head_dim], in place
+  std::span<const int32_t> positions;        // host, [rows]
+  const float* inverse_frequency = nullptr;  // [head_dim / 2]
   int heads = 0;
   int head_dim = 0;
 };
@@ -61,14 +64,18 @@ struct SwiGluArgs {
 
 // What one sequence holds in one kv head of one layer. Block ids live on the host.
 struct KvHeadBlocks {
-  const BlockId* exact = nullptr;      // [ceil(exact_entries / exact page entries)] blocks of exact tokens, in order
-  const BlockId* principal = nullptr;  // [ceil(principal_entries / principal page entries)], all visible to every row
-  int32_t principal_entries = 0;       // differs from head to head
+  const BlockId* exact =
+      nullptr;  // [ceil(exact_entries / exact page entries)] blocks of exact tokens, in order
+  const BlockId* principal =
+      nullptr;  // [ceil(principal_entries / principal page entries)], all visible to every row
+  int32_t principal_entries = 0;           // differs from head to head
+  const KvPage* principal_page = nullptr;  // so does the format; null: KvPool::principal
 };
 
-// One sequence's part of the step's batch, in one layer. `exact_entries` counts this step's tokens too, whose keys and
-// values StoreKv writes into the last `rows` entries; row i of the sequence sees exact entries [0, exact_entries - rows + i].
-// Entry counts and positions are different things: compressed history shortens the one, never the other.
+// One sequence's part of the step's batch, in one layer. `exact_entries` counts this step's tokens too, whose
+// keys and values StoreKv writes into the last `rows` entries; row i of the sequence sees exact entries [0,
+// exact_entries - rows + i]. Entry counts and positions are different things: compressed history shortens the
+// one, never the other.
 struct KvSequence {
   int32_t first_row = 0;
   int32_t rows = 0;
@@ -78,10 +85,10 @@ struct KvSequence {
 
 // The pool and how its blocks are laid out.
 struct KvPool {
-  std::byte* data = nullptr;   // pool; block b starts at data + b * block_bytes
+  std::byte* data = nullptr;  // pool; block b starts at data + b * block_bytes
   size_t block_bytes = 0;
   const KvPage* exact = nullptr;
-  const KvPage* principal = nullptr;  // null while nothing is compressed
+  const KvPage* principal = nullptr;  // of heads that name no other; null while nothing is compressed
 };
 
 // Writes keys and values of the step's tokens into the exact blocks of their sequences.
@@ -93,8 +100,9 @@ struct StoreKvArgs {
   int kv_heads = 0;
 };
 
-// out = softmax(scale · q·Kᵀ + log_mass) V over the principal entries and the causally visible exact entries of each
-// row's sequence. One kernel family for exact and compressed context. Query head h reads kv head h / (heads / kv_heads).
+// out = softmax(scale · q·Kᵀ + log_mass) V over the principal entries and the causally visible exact entries
+// of each row's sequence. One kernel family for exact and compressed context. Query head h reads kv head h /
+// (heads / kv_heads).
 struct AttentionArgs {
   const float* query = nullptr;  // [rows, heads, head_dim], rotated
   float* out = nullptr;          // [rows, heads, head_dim]
@@ -103,6 +111,54 @@ struct AttentionArgs {
   int heads = 0;
   int kv_heads = 0;
   float scale = 0;  // 1/sqrt(head_dim)
+};
+
+// The queries that a segment's tokens asked, kept until it closes: they become the references of its
+// principal fit. One row of the batch to keep. Layout: QueryPage in kernels/kv_page.h.
+struct QuerySampleRow {
+  int32_t row = 0;                  // of the batch
+  int32_t sample = 0;               // its place among the segment's samples
+  const BlockId* blocks = nullptr;  // host, [heads * QueryPage::blocks_per_head()] of this layer
+};
+
+struct StoreQueriesArgs {
+  const float* query = nullptr;  // [rows, heads, head_dim], not rotated
+  std::span<const QuerySampleRow> rows;
+  KvPool pool;
+  const QueryPage* page = nullptr;
+  int heads = 0;
+};
+
+// Compresses one segment in one kv head of one layer (kernels/principal_fit.h): principal entries of a capped
+// history, if any, and then the segment's exact entries become `count` principal entries. Block ids live on
+// the host.
+struct PrincipalFitJob {
+  const BlockId* principal = nullptr;
+  int32_t principal_entries = 0;   // padding (log_mass -inf) included; it is left out of the fit
+  const BlockId* exact = nullptr;  // begins with the segment's first block
+  int32_t exact_entries = 0;
+  const BlockId* queries = nullptr;    // [group * QueryPage::blocks_per_head()] of the kv head's query heads
+  const int32_t* positions = nullptr;  // host, [group * samples]: where each sample is asked from
+  int32_t samples = 0;                 // per query head
+  int32_t forced = 0;                  // first entries that are always kept (attention sinks)
+  int32_t count = 0;
+  const BlockId* out = nullptr;  // [ceil(count / page entries)]; the last block is padded
+  const KvPage* page = nullptr;  // of `principal` and `out`; null: KvPool::principal
+};
+
+struct PrincipalFitReport {
+  float mass_residual = 0;    // root mean square error of the softmax mass over the references, relative
+  float output_residual = 0;  // relative Frobenius error of the output over the references
+  bool fitted = false;        // false: entries were kept as they are
+};
+
+struct FitPrincipalKeysArgs {
+  std::span<const PrincipalFitJob> jobs;
+  std::span<PrincipalFitReport> reports;  // host, one per job, valid after Synchronize()
+  KvPool pool;
+  const QueryPage* query_page = nullptr;
+  const float* inverse_frequency = nullptr;  // [head_dim / 2]
+  int group = 1;                             // query heads per kv head
 };
 
 }  // namespace atp

@@ -1,4 +1,5 @@
-// Fits r principal entries to n cache entries of one kv head: the dense core of FitPrincipalKeys (paging apart).
+// Fits r principal entries to n cache entries of one kv head: the dense core of FitPrincipalKeys (paging
+// apart).
 //
 // With keys K, values V, log masses b, reference queries Q (scaled), following ATP and Attention Matching:
 //   A = softmax_rows(Q Kᵀ + b)                        reference attention [m, n]
@@ -15,9 +16,13 @@
 
 namespace atp {
 
-inline constexpr float kPrincipalRidge = 1e-2f;        // ρ
-inline constexpr int kPrincipalMassIterations = 200;   // of accelerated projected gradient; stopping early regularises w
-inline constexpr float kLeastPrincipalMass = 1e-8f;    // w is at least this, so that log w is finite
+inline constexpr float kPrincipalRidge = 1e-2f;  // ρ
+inline constexpr int kPrincipalMassIterations =
+    200;  // of accelerated projected gradient; stopping early regularises w
+// A column whose norm² is this little of the largest is spanned: what is left of it is rounding. With fewer
+// references than entries to choose, the pivots end there and the most attended of the rest follow.
+inline constexpr double kPrincipalNoise = 1e-13;
+inline constexpr float kLeastPrincipalMass = 1e-8f;  // w is at least this, so that log w is finite
 
 struct PrincipalFitProblem {
   const float* keys = nullptr;      // [n, d], rotated
@@ -33,13 +38,13 @@ struct PrincipalFitProblem {
 
 // All memory is the caller's; keys, values and log_mass have room for min(count, n) entries.
 struct PrincipalFit {
-  float* keys = nullptr;       // [r, d]
-  float* values = nullptr;     // [r, d]
-  float* log_mass = nullptr;   // [r]
-  int32_t* chosen = nullptr;   // [r], ascending indices into the n entries
-  float mass_residual = 0;     // root mean square of A_J w - 1
-  float output_residual = 0;   // |A V - P C| / |A V|, Frobenius
-  bool fitted = false;         // false: entries were kept as they are, because r >= n or the input is degenerate
+  float* keys = nullptr;      // [r, d]
+  float* values = nullptr;    // [r, d]
+  float* log_mass = nullptr;  // [r]
+  int32_t* chosen = nullptr;  // [r], ascending indices into the n entries
+  float mass_residual = 0;    // root mean square of A_J w - 1
+  float output_residual = 0;  // |A V - P C| / |A V|, Frobenius
+  bool fitted = false;  // false: entries were kept as they are, because r >= n or the input is degenerate
 };
 
 }  // namespace atp

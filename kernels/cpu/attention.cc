@@ -9,14 +9,17 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/cpu/ops.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention.cc"
-// clang-format off: foreach_target.h must come first
+// foreach_target.h must come first.
+// clang-format off
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "hwy/contrib/math/math-inl.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/load-inl.h"
@@ -36,6 +39,8 @@ struct AttentionState {
   float* sum;      // [queries, dim], Σ p·v
   float* maximum;  // [queries]
   float* total;    // [queries], Σ p
+  float* keys;     // [dim, 16] and
+  float* values;   // [16, head_dim]: a slice of integers, as fp32
   size_t dim;
 };
 
@@ -204,10 +209,10 @@ HWY_INLINE void ShowFirst(Slice<T>& slice, int count) {
 }
 
 template <typename T>
-HWY_INLINE void AttendPrincipal(const AttentionArgs& args, const KvHeadBlocks& head,
+HWY_INLINE void AttendPrincipal(const KvPool& pool, const KvPage& page, const KvHeadBlocks& head,
                                 const AttentionState& state, int queries) {
   for (int entry = 0; entry < head.principal_entries; entry += kSlice) {
-    Slice<T> slice = SliceAt<T>(args.pool, *args.pool.principal, head.principal, entry);
+    Slice<T> slice = SliceAt<T>(pool, page, head.principal, entry);
     ShowFirst(slice, std::min(kSlice, head.principal_entries - entry));
     UpdateRange(slice, state, 0, queries);
   }
@@ -235,14 +240,131 @@ HWY_INLINE void AttendExact(const AttentionArgs& args, const AttentionPart& part
   }
 }
 
+// Lanes(d) int8, or the low or high halves of as many bytes, as fp32.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadInt8(D d, const int8_t* HWY_RESTRICT p) {
+  return hn::ConvertTo(d, hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(hn::Rebind<int8_t, D>(), p)));
+}
+template <class D>
+HWY_INLINE void LoadInt4(D d, const uint8_t* HWY_RESTRICT p, hn::Vec<D>& low, hn::Vec<D>& high) {
+  const auto bytes = hn::PromoteTo(hn::RebindToSigned<D>(), hn::LoadU(hn::Rebind<uint8_t, D>(), p));
+  low = hn::ConvertTo(d, hn::ShiftRight<28>(hn::ShiftLeft<28>(bytes)));
+  high = hn::ConvertTo(d, hn::ShiftRight<28>(hn::ShiftLeft<24>(bytes)));
+}
+
+// One dimension of the 16 keys of a slice, times each entry's scale.
+HWY_INLINE void UnpackKeys(const int8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
+                           float* HWY_RESTRICT out) {
+  const SliceTag d;
+  ATP_UNROLL for (int v = 0; v < kSlice; v += kSliceLanes) {
+    hn::Store(hn::Mul(LoadInt8(d, row + v), hn::Load(d, scale + v)), d, out + v);
+  }
+}
+HWY_INLINE void UnpackKeys(const uint8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
+                           float* HWY_RESTRICT out) {
+  const hn::CappedTag<float, kSlice / 2> d;
+  constexpr int kLanes = static_cast<int>(hn::MaxLanes(hn::CappedTag<float, kSlice / 2>()));
+  ATP_UNROLL for (int v = 0; v < kSlice / 2; v += kLanes) {
+    hn::Vec<decltype(d)> low, high;
+    LoadInt4(d, row + v, low, high);
+    hn::Store(hn::Mul(low, hn::Load(d, scale + v)), d, out + v);
+    hn::Store(hn::Mul(high, hn::Load(d, scale + v + kSlice / 2)), d, out + v + kSlice / 2);
+  }
+}
+
+// One entry's value, times its scale.
+HWY_INLINE void UnpackValues(const int8_t* HWY_RESTRICT row, float scale, int head_dim,
+                             float* HWY_RESTRICT out) {
+  const hn::ScalableTag<float> d;
+  const int lanes = static_cast<int>(hn::Lanes(d));
+  int i = 0;
+  for (; i + lanes <= head_dim; i += lanes)
+    hn::StoreU(hn::Mul(LoadInt8(d, row + i), hn::Set(d, scale)), d, out + i);
+  for (; i < head_dim; ++i) out[i] = static_cast<float>(row[i]) * scale;
+}
+HWY_INLINE void UnpackValues(const uint8_t* HWY_RESTRICT row, float scale, int head_dim,
+                             float* HWY_RESTRICT out) {
+  const hn::ScalableTag<float> d;
+  const int lanes = static_cast<int>(hn::Lanes(d)), half = head_dim / 2;
+  int i = 0;
+  for (; i + lanes <= half; i += lanes) {
+    hn::Vec<decltype(d)> low, high;
+    LoadInt4(d, row + i, low, high);
+    hn::StoreU(hn::Mul(low, hn::Set(d, scale)), d, out + i);
+    hn::StoreU(hn::Mul(high, hn::Set(d, scale)), d, out + i + half);
+  }
+  for (; i < half; ++i) {
+    out[i] = static_cast<float>(static_cast<int8_t>(row[i] << 4) >> 4) * scale;
+    out[i + half] = static_cast<float>(static_cast<int8_t>(row[i]) >> 4) * scale;
+  }
+}
+
+// A slice of an integer page becomes one of fp32 in scratch, once for all queries that share it. T: int8_t,
+// or uint8_t for pairs of int4. Plain loops, which the compiler vectorises for each target.
+template <typename T>
+HWY_INLINE Slice<float> UnpackSlice(const KvPool& pool, const KvPage& page, const BlockId* blocks, int entry,
+                                    const AttentionState& state) {
+  constexpr int kPerByte = std::is_same_v<T, uint8_t> ? 2 : 1;
+  const std::byte* block = pool.data + static_cast<size_t>(blocks[entry / page.entries()]) * pool.block_bytes;
+  const int offset = entry % page.entries(), head_dim = page.head_dim();
+  alignas(64) float key_scale[kSlice];
+  float value_scale[kSlice];
+  for (int e = 0; e < kSlice; ++e) {
+    key_scale[e] =
+        BF16ToFloat(reinterpret_cast<const uint16_t*>(block + page.key_scale_offset())[offset + e]);
+    value_scale[e] =
+        BF16ToFloat(reinterpret_cast<const uint16_t*>(block + page.value_scale_offset())[offset + e]);
+  }
+  const T* keys = reinterpret_cast<const T*>(block + page.key_offset()) + offset / kPerByte;
+  for (int i = 0; i < head_dim; ++i) {
+    UnpackKeys(keys + static_cast<size_t>(i) * (page.entries() / kPerByte), key_scale,
+               state.keys + i * kSlice);
+  }
+  const T* values = reinterpret_cast<const T*>(block + page.value_offset()) +
+                    static_cast<size_t>(offset) * head_dim / kPerByte;
+  for (int e = 0; e < kSlice; ++e) {
+    UnpackValues(values + static_cast<size_t>(e) * head_dim / kPerByte, value_scale[e], head_dim,
+                 state.values + e * head_dim);
+  }
+  Slice<float> slice;
+  slice.keys = state.keys;
+  slice.key_stride = kSlice;
+  slice.values = state.values;
+  slice.log_mass = reinterpret_cast<const float*>(block + page.log_mass_offset()) + offset;
+  slice.head_dim = head_dim;
+  slice.count = 0;
+  return slice;
+}
+
+template <typename T>
+HWY_INLINE void AttendUnpacked(const KvPool& pool, const KvPage& page, const KvHeadBlocks& head,
+                               const AttentionState& state, int queries) {
+  for (int entry = 0; entry < head.principal_entries; entry += kSlice) {
+    // Unpacking waits for every byte it reads, so the next block is asked for while this one is worked on.
+    if (entry % page.entries() == 0 && entry + page.entries() < head.principal_entries) {
+      const std::byte* next =
+          pool.data + static_cast<size_t>(head.principal[entry / page.entries() + 1]) * pool.block_bytes;
+      for (size_t at = 0; at < page.bytes(); at += 64) hwy::Prefetch(next + at);
+    }
+    Slice<float> slice = UnpackSlice<T>(pool, page, head.principal, entry, state);
+    ShowFirst(slice, std::min(kSlice, head.principal_entries - entry));
+    UpdateRange(slice, state, 0, queries);
+  }
+}
+
 void AttendPrincipalOf(const AttentionArgs& args, const KvHeadBlocks& head, const AttentionState& state,
                        int queries) {
   if (head.principal_entries == 0) return;
-  switch (args.pool.principal->format()) {
+  const KvPage& page = head.principal_page != nullptr ? *head.principal_page : *args.pool.principal;
+  switch (page.format()) {
     case KvFormat::kF32:
-      return AttendPrincipal<float>(args, head, state, queries);
+      return AttendPrincipal<float>(args.pool, page, head, state, queries);
     case KvFormat::kBF16:
-      return AttendPrincipal<hwy::bfloat16_t>(args, head, state, queries);
+      return AttendPrincipal<hwy::bfloat16_t>(args.pool, page, head, state, queries);
+    case KvFormat::kInt8:
+      return AttendUnpacked<int8_t>(args.pool, page, head, state, queries);
+    case KvFormat::kInt4:
+      return AttendUnpacked<uint8_t>(args.pool, page, head, state, queries);
   }
 }
 
@@ -253,6 +375,9 @@ void AttendExactOf(const AttentionArgs& args, const AttentionPart& part, const K
       return AttendExact<float>(args, part, head, state, group);
     case KvFormat::kBF16:
       return AttendExact<hwy::bfloat16_t>(args, part, head, state, group);
+    case KvFormat::kInt8:
+    case KvFormat::kInt4:
+      break;  // Supports() refuses exact pages of integers
   }
 }
 
@@ -263,7 +388,9 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, float* scra
   const int queries = rows * group;
   AttentionState state;
   state.dim = AlignedDim(head_dim);
-  state.query = scratch;
+  state.keys = scratch;
+  state.values = state.keys + state.dim * kSlice;
+  state.query = state.values + state.dim * kSlice;
   state.sum = state.query + queries * state.dim;
   state.maximum = state.sum + queries * state.dim;
   state.total = state.maximum + queries;
@@ -298,7 +425,8 @@ namespace atp::cpu {
 int AttentionRowsPerPart(int group) { return std::max(1, kQueriesPerPart / group); }
 
 size_t AttentionScratchFloats(int group, int head_dim) {
-  return static_cast<size_t>(AttentionRowsPerPart(group)) * group * (2 * AlignedDim(head_dim) + 2);
+  return static_cast<size_t>(AttentionRowsPerPart(group)) * group * (2 * AlignedDim(head_dim) + 2) +
+         2 * kSlice * AlignedDim(head_dim);
 }
 
 HWY_EXPORT(Attention);

@@ -9,8 +9,10 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cores.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/cpu/principal_fit.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/host_memory.h"
+#include "kernels/principal_segment.h"
 
 namespace atp::cpu {
 namespace {
@@ -53,7 +55,9 @@ class CpuBackend final : public Backend {
         swiglu_(SwiGluFor(isa.target)),
         rope_(RopeFor(isa.target)),
         store_kv_(StoreKvFor(isa.target)),
-        attention_(AttentionFor(isa.target)) {
+        attention_(AttentionFor(isa.target)),
+        fit_principal_(PrincipalFitFor(isa.target)),
+        segments_(threads) {
     for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulPanelFloats);
   }
 
@@ -64,7 +68,7 @@ class CpuBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0;
+           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
@@ -150,6 +154,22 @@ class CpuBackend final : public Backend {
     });
   }
 
+  void StoreQueries(const StoreQueriesArgs& args) override {
+    for (const QuerySampleRow& row : args.rows) StoreQuerySample(args, row);
+  }
+
+  void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
+    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t index, int thread) {
+      PrincipalSegment& segment = segments_[thread];
+      segment.Gather(args, args.jobs[index]);
+      const PrincipalFitProblem& p = segment.problem();
+      const size_t doubles = PrincipalFitScratch(p.n, p.m, p.d, p.count);
+      fit_principal_(p, reinterpret_cast<double*>(scratch_[thread].Reserve(2 * doubles)), segment.fit());
+      segment.Scatter(args, args.jobs[index]);
+      args.reports[index] = segment.report();
+    });
+  }
+
  private:
   // body(begin, end) over [0, rows) in parts of about kElementsPerPart elements.
   template <class Body>
@@ -197,6 +217,8 @@ class CpuBackend final : public Backend {
   const RopeFn rope_;
   const StoreKvFn store_kv_;
   const AttentionFn attention_;
+  const PrincipalFitFn fit_principal_;
+  std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
   std::vector<AttentionPart> attention_parts_;
   std::vector<int32_t> angle_positions_;

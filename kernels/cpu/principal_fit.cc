@@ -98,42 +98,42 @@ void ReferenceAttention(const PrincipalFitProblem& p, size_t stride, double* HWY
 }
 
 // Pivoted Cholesky of the Gram matrix AᵀA, whose columns are computed when they become pivots: the same
-// pivots as column-pivoted QR of A. factor: [n, r]; rest: [n], what of each column's norm is not yet spanned.
-int ChoosePrincipal(const PrincipalFitProblem& p, size_t stride, const double* HWY_RESTRICT a,
-                    double* HWY_RESTRICT factor, double* HWY_RESTRICT rest, int32_t* HWY_RESTRICT chosen) {
-  const int limit = p.count;
-  double first = 0;
-  for (int i = 0; i < p.n; ++i) {
-    rest[i] = Dot(a + i * stride, a + i * stride, stride);
-    first = std::max(first, rest[i]);
-  }
+// pivots as column-pivoted QR of A. factor: [n, r + forced]; norms: [n], of the columns; rest: [n], what of
+// each is not yet spanned.
+void ChoosePrincipal(const PrincipalFitProblem& p, size_t stride, const double* HWY_RESTRICT a,
+                     double* HWY_RESTRICT factor, double* HWY_RESTRICT norms, double* HWY_RESTRICT rest,
+                     int32_t* HWY_RESTRICT chosen) {
+  const size_t width = static_cast<size_t>(p.count + p.forced);
+  for (int i = 0; i < p.n; ++i) rest[i] = norms[i] = Dot(a + i * stride, a + i * stride, stride);
+  const double noise = kPrincipalNoise * *std::max_element(norms, norms + p.n);
   int found = 0;
   while (found < p.forced) chosen[found] = found, ++found;
-  // Below this a remainder is rounding noise of the subtractions; what follows by index is as good as any
-  // choice.
-  const double noise = first * 1e-14;
-  for (int step = 0; found < limit; ++step) {
+  for (int step = 0; found < p.count; ++step) {
     const int pivot = static_cast<int>(std::max_element(rest, rest + p.n) - rest);
     const double best = rest[pivot];
     if (!(best > noise)) break;
     if (pivot >= p.forced) chosen[found++] = pivot;
-    if (found == limit) break;
+    if (found == p.count) break;
     const double scale = 1 / std::sqrt(best);
-    const double* pivot_factor = factor + pivot * static_cast<size_t>(limit + p.forced);
+    const double* pivot_factor = factor + pivot * width;
+    rest[pivot] = -1;
     for (int i = 0; i < p.n; ++i) {
       if (rest[i] < 0) continue;  // pivoted before
-      double* row = factor + i * static_cast<size_t>(limit + p.forced);
+      double* row = factor + i * width;
       double g = Dot(a + i * stride, a + pivot * stride, stride);
       for (int k = 0; k < step; ++k) g -= row[k] * pivot_factor[k];
-      if (i != pivot) row[step] = g * scale;
-      if (i != pivot) rest[i] = std::max(rest[i] - row[step] * row[step], 0.0);
+      row[step] = g * scale;
+      rest[i] = std::max(rest[i] - row[step] * row[step], 0.0);
     }
-    rest[pivot] = -1;
   }
-  for (int i = p.forced; i < p.n && found < limit; ++i)
-    if (rest[i] >= 0) chosen[found++] = i;
-  std::sort(chosen, chosen + limit);
-  return limit;
+  while (found < p.count) {
+    int next = -1;
+    for (int i = p.forced; i < p.n; ++i)
+      if (rest[i] >= 0 && (next < 0 || norms[i] > norms[next])) next = i;
+    rest[next] = -1;
+    chosen[found++] = next;
+  }
+  std::sort(chosen, chosen + p.count);
 }
 
 // gram[i][j] = x_i · x_j; returns nothing but symmetry.
@@ -259,13 +259,14 @@ void FitPrincipal(const PrincipalFitProblem& p, double* scratch, PrincipalFit* f
   double* row = target + p.d * stride;      // [stride]
   double* factor = row + stride;            // [n, r + forced]; later gram [r, r] and shift [r, d]
   double* rest =
-      factor + static_cast<size_t>(p.n) * (r + p.forced) + static_cast<size_t>(r) * (r + p.d);  // [n + 5 r]
+      factor + static_cast<size_t>(p.n) * (r + p.forced) + static_cast<size_t>(r) * (r + p.d);  // [2 n + 5 r]
   double* gram = factor;
   double* shift = factor + static_cast<size_t>(r) * r;
-  double* mass = rest + p.n;
+  double* norms = rest + p.n;
+  double* mass = norms + p.n;
 
   ReferenceAttention(p, stride, columns, row, a);
-  ChoosePrincipal(p, stride, a, factor, rest, fit->chosen);
+  ChoosePrincipal(p, stride, a, factor, norms, rest, fit->chosen);
   // Degenerate input ends here: the same keys, each standing for n/r entries.
   Keep(p, r, std::log(static_cast<double>(p.n) / r), fit);
   for (int j = 0; j < r; ++j) std::copy_n(a + fit->chosen[j] * stride, stride, share + j * stride);
@@ -320,7 +321,7 @@ size_t PrincipalFitScratch(int n, int m, int d, int count) {
   const size_t r = count;
   // `forced` is at most `count`.
   return (n + r + 2 * static_cast<size_t>(d) + 1) * stride + static_cast<size_t>(n) * 2 * r + r * (r + d) +
-         n + 5 * r;
+         2 * static_cast<size_t>(n) + 5 * r;
 }
 
 HWY_EXPORT(FitPrincipal);

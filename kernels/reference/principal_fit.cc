@@ -35,31 +35,46 @@ Matrix ReferenceAttention(const PrincipalFitProblem& p) {
   return a;
 }
 
-// Column-pivoted QR by modified Gram-Schmidt; ties go to the smaller index. Forced columns come first,
-// whatever their pivot; then pivots in order until `count` columns are chosen.
+double ColumnNorm(const Matrix& a, int column) {
+  double norm = 0;
+  for (int q = 0; q < a.rows; ++q) norm += a(q, column) * a(q, column);
+  return norm;
+}
+
+// The column with the largest norm² among those that are free; ties go to the smaller index.
+int LargestColumn(const Matrix& a, const std::vector<bool>& taken) {
+  int best = -1;
+  for (int i = 0; i < a.cols; ++i)
+    if (!taken[i] && (best < 0 || ColumnNorm(a, i) > ColumnNorm(a, best))) best = i;
+  return best;
+}
+
+// Column-pivoted QR by modified Gram-Schmidt. Forced columns come first, whatever their pivot; then pivots in
+// order until `count` columns are chosen.
 std::vector<int> ChoosePrincipal(const Matrix& a, int count, int forced) {
   Matrix rest = a;
-  std::vector<bool> pivoted(a.cols);
+  std::vector<bool> taken(a.cols);
   std::vector<int> chosen(forced);
   std::iota(chosen.begin(), chosen.end(), 0);
-  for (int step = 0; step < a.cols && static_cast<int>(chosen.size()) < count; ++step) {
-    int pivot = -1;
-    double best = -1;
-    for (int i = 0; i < a.cols; ++i) {
-      if (pivoted[i]) continue;
-      double norm = 0;
-      for (int q = 0; q < a.rows; ++q) norm += rest(q, i) * rest(q, i);
-      if (norm > best) best = norm, pivot = i;
-    }
-    pivoted[pivot] = true;
+  const double noise = kPrincipalNoise * ColumnNorm(a, LargestColumn(a, taken));
+  while (static_cast<int>(chosen.size()) < count) {
+    const int pivot = LargestColumn(rest, taken);
+    if (pivot < 0) break;
+    const double norm = ColumnNorm(rest, pivot);
+    if (!(norm > noise)) break;
+    taken[pivot] = true;
     if (pivot >= forced) chosen.push_back(pivot);
-    if (best <= 0) continue;  // nothing is left to span: the rest follow by index
     for (int i = 0; i < a.cols; ++i) {
-      if (pivoted[i]) continue;
+      if (taken[i]) continue;
       double dot = 0;
       for (int q = 0; q < a.rows; ++q) dot += rest(q, pivot) * rest(q, i);
-      for (int q = 0; q < a.rows; ++q) rest(q, i) -= dot / best * rest(q, pivot);
+      for (int q = 0; q < a.rows; ++q) rest(q, i) -= dot / norm * rest(q, pivot);
     }
+  }
+  for (int i = 0; i < forced; ++i) taken[i] = true;
+  while (static_cast<int>(chosen.size()) < count) {
+    chosen.push_back(LargestColumn(a, taken));
+    taken[chosen.back()] = true;
   }
   std::sort(chosen.begin(), chosen.end());
   return chosen;

@@ -7,6 +7,8 @@
 
 #include "kernels/dtype.h"
 #include "kernels/host_memory.h"
+#include "kernels/principal_segment.h"
+#include "kernels/reference/principal_fit.h"
 
 namespace atp {
 namespace {
@@ -72,7 +74,7 @@ class ReferenceBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0;
+           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
@@ -167,7 +169,9 @@ class ReferenceBackend final : public Backend {
         const KvHeadBlocks& blocks = sequence.heads[kv_head];
         std::vector<Entry> entries;
         if (blocks.principal_entries > 0) {
-          AppendEntries(args.pool, *args.pool.principal, blocks.principal, blocks.principal_entries, entries);
+          const KvPage* own = blocks.principal_page;
+          AppendEntries(args.pool, own != nullptr ? *own : *args.pool.principal, blocks.principal,
+                        blocks.principal_entries, entries);
         }
         const size_t principal = entries.size();
         AppendEntries(args.pool, page, blocks.exact, sequence.exact_entries, entries);
@@ -180,6 +184,20 @@ class ReferenceBackend final : public Backend {
           }
         }
       }
+    }
+  }
+
+  void StoreQueries(const StoreQueriesArgs& args) override {
+    for (const QuerySampleRow& row : args.rows) StoreQuerySample(args, row);
+  }
+
+  void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
+    PrincipalSegment segment;
+    for (size_t i = 0; i < args.jobs.size(); ++i) {
+      segment.Gather(args, args.jobs[i]);
+      ReferenceFitPrincipal(segment.problem(), segment.fit());
+      segment.Scatter(args, args.jobs[i]);
+      args.reports[i] = segment.report();
     }
   }
 };

@@ -146,7 +146,7 @@ TEST(ConfigLoader, AnUnknownKeyNamesTheNearest) {
   EXPECT_EQ(NearestKey("kv_cache.memory"), "kv_cache.memory_bytes");
   EXPECT_EQ(NearestKey("backend.thread"), "backend.threads");
   EXPECT_THAT(ErrorOf("servr:\n  host: a\n"),
-              HasSubstr("servr: no such section; there are backend, kv_cache, limits"));
+              HasSubstr("servr: no such section; there are atp, backend, kv_cache, limits"));
   Config config;
   EXPECT_EQ(Set("log.lvl=info", &config), "--set log.lvl: no such setting; the nearest is log.level");
   EXPECT_NE(Set(std::string(100000, 'x') + "=1", &config), "");
@@ -230,6 +230,31 @@ TEST(Validate, NamesEveryProblem) {
   EXPECT_THAT(message, HasSubstr("backend.device: tpu is not cpu | cuda | reference"));
   EXPECT_THAT(message, HasSubstr("kv_cache.block_tokens: 0 is not a multiple of 16"));
   EXPECT_THAT(message, Not(HasSubstr("scheduler")));
+}
+
+TEST(Validate, CompressionMustMakeSense) {
+  Config config;
+  config.kv_cache.block_tokens = 512;
+  EXPECT_TRUE(Validate(config).ok()) << Validate(config);  // exact unless somebody says otherwise
+  config.atp.preset = "balanced";
+  EXPECT_THAT(std::string(Validate(config).message()),
+              HasSubstr("atp.segment_tokens: 256 is not a multiple of 512 (kv_cache.block_tokens)"));
+  config = Config();
+  config.atp.preset = "exact";
+  config.atp.ratio = 0.25;
+  config.atp.max_principal_keys = 2;
+  const std::string message(Validate(config).message());
+  EXPECT_THAT(message, HasSubstr("atp.ratio: 0.25 contradicts atp.preset: exact"));
+  EXPECT_THAT(message, HasSubstr("atp.max_principal_keys: 2 is less than 4 (atp.sink_tokens)"));
+  EXPECT_THAT(message, HasSubstr("atp.max_principal_keys: 2 contradicts atp.preset: exact"));
+  config = Config();
+  config.atp.sink_tokens = 257;
+  config.atp.ratio = 1.5;
+  config.atp.preset = "tiny";
+  const std::string more(Validate(config).message());
+  EXPECT_THAT(more, HasSubstr("atp.sink_tokens: 257 is more than 256 (atp.segment_tokens)"));
+  EXPECT_THAT(more, HasSubstr("atp.ratio: 1.5 is not a number in [0, 1]"));
+  EXPECT_THAT(more, HasSubstr("atp.preset: tiny is not auto | exact | quality | balanced | compact"));
 }
 
 TEST(Settings, EveryDefaultReadsBackAsItself) {

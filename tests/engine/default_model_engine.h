@@ -45,6 +45,8 @@ class FailingBackend : public Backend {
   void SwiGlu(const SwiGluArgs& args) override { backend_->SwiGlu(args); }
   void StoreKv(const StoreKvArgs& args) override { backend_->StoreKv(args); }
   void Attention(const AttentionArgs& args) override { backend_->Attention(args); }
+  void StoreQueries(const StoreQueriesArgs& args) override { backend_->StoreQueries(args); }
+  void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override { backend_->FitPrincipalKeys(args); }
   absl::Status Synchronize() override {
     if (broken) return absl::InternalError("the device fell off the bus");
     return backend_->Synchronize();

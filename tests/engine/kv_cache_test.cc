@@ -95,6 +95,50 @@ TEST(BlockTable, FillsAllHeadsAlike) {
   }
 }
 
+TEST(KvCache, BlocksAreLargeEnoughForPrincipalEntries) {
+  const std::unique_ptr<Backend> backend = Reference();
+  KvCache::Shape shape = SmallShape();
+  shape.compressible = true;
+  const KvCache cache = KvCache::Create(backend.get(), shape, 1 << 20).value();
+  const KvPage principal(KvFormat::kF32, 16, 8, true);
+  EXPECT_EQ(cache.block_bytes(), principal.bytes());
+  ASSERT_NE(cache.pool().principal, nullptr);
+  EXPECT_EQ(cache.pool().principal->bytes(), principal.bytes());
+  EXPECT_LT(cache.pool().exact->bytes(), cache.block_bytes());
+  EXPECT_EQ(cache.query_page().samples(), 64);
+}
+
+TEST(BlockTable, PrincipalGroupsAreAppendedSeenAndDropped) {
+  BlockTable table(1, 3);
+  const std::vector<int32_t> blocks = {2, 0, 1};
+  table.AppendPrincipal(std::vector<BlockId>{10, 11, 12}, blocks);
+  table.AppendPrincipal(std::vector<BlockId>{20, 21, 22}, blocks);
+  EXPECT_EQ(table.Layer(0)[0].principal_entries, 0);
+  table.ShowPrincipal(blocks, 16);
+  table.ShowPrincipal(blocks, 16);
+  EXPECT_EQ(table.Layer(0)[0].principal_entries, 64);
+  EXPECT_EQ(table.Layer(0)[1].principal_entries, 0);
+  EXPECT_EQ(table.Layer(0)[2].principal_entries, 32);
+  EXPECT_EQ(table.Layer(0)[0].principal[2], 20);
+  EXPECT_EQ(table.Layer(0)[2].principal[1], 22);
+  table.DropPrincipal(blocks, 16);
+  EXPECT_EQ(table.Layer(0)[0].principal_entries, 32);
+  EXPECT_EQ(table.Layer(0)[0].principal[0], 20);
+  EXPECT_EQ(table.Layer(0)[0].principal[1], 21);
+  table.Clear();
+  EXPECT_EQ(table.Layer(0)[0].principal_entries, 0);
+  EXPECT_TRUE(table.principal(0).empty());
+}
+
+TEST(BlockTable, DropsExactBlocksFromTheFront) {
+  BlockTable table(1, 2);
+  for (BlockId id = 0; id < 10; id += 2) table.AppendExact(std::vector<BlockId>{id, id + 1});
+  table.DropExact(3);
+  EXPECT_EQ(table.exact_blocks(), 2);
+  EXPECT_EQ(table.Layer(0)[0].exact[0], 6);
+  EXPECT_EQ(table.Layer(0)[1].exact[1], 9);
+}
+
 TEST(BlockTable, ClearStartsOver) {
   BlockTable table(1, 2);
   table.AppendExact(std::vector<BlockId>{7, 8});

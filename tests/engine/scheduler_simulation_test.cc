@@ -1,7 +1,8 @@
 // Seeded random life of a scheduler under tiny limits. After every event all blocks and counts must be where
 // they belong, every step must compute something, and in the end every request must have ended. A second,
 // naive model of the KV cache checks what a batch says: every entry's table must lead to blocks that hold
-// exactly its tokens.
+// exactly its tokens, and, where history is compressed, to principal entries that were made of exactly the
+// tokens they stand for.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,8 +23,11 @@ constexpr int kEvents = 10000;
 
 class Simulation {
  public:
-  explicit Simulation(uint32_t seed) : random_(seed), options_(RandomOptions()), scheduler_(options_) {
-    contents_.resize(options_.num_blocks, std::vector<TokenId>(options_.block_tokens, -1));
+  Simulation(uint32_t seed, bool compress)
+      : random_(seed), options_(RandomOptions(compress)), scheduler_(options_) {
+    contents_.resize(options_.num_blocks);
+    plans_.push_back(nullptr);
+    for (int i = 0; compress && i < 3; ++i) plans_.push_back(RandomPlan());
   }
 
   void Run() {
@@ -55,17 +59,21 @@ class Simulation {
     EXPECT_EQ(stats.blocks_used, 0);
     preemptions_ = stats.preemptions;
     hits_ = stats.prefix_hits_tokens;
+    segments_closed_ = stats.segments_closed;
   }
 
   uint64_t preemptions() const { return preemptions_; }
   uint64_t hits() const { return hits_; }
   const std::set<FinishReason>& reasons() const { return reasons_; }
   int64_t refused() const { return refused_; }
+  uint64_t segments_closed() const { return segments_closed_; }
+  int64_t compressed_steps() const { return compressed_steps_; }
+  int64_t replaced_states() const { return replaced_states_; }
 
  private:
   int Below(int n) { return static_cast<int>(random_() % n); }
 
-  SchedulerOptions RandomOptions() {
+  SchedulerOptions RandomOptions(bool compress) {
     SchedulerOptions options;
     options.layers = 1 + Below(2);
     options.kv_heads = 1 + Below(2);
@@ -77,7 +85,28 @@ class Simulation {
     options.max_logit_rows = 1 + Below(8);
     options.max_positions = 40 + Below(60);
     options.prefix_cache = Below(4) != 0;
+    options.compressible = compress;
+    if (compress) options.num_blocks += options.layers * options.kv_heads * Below(12);
     return options;
+  }
+
+  // Uneven heads, with and without a cap and a window.
+  std::shared_ptr<const CompressionPlan> RandomPlan() {
+    CompressionSettings settings;
+    settings.segment_tokens = options_.block_tokens * (1 + Below(4));
+    settings.window_tokens = options_.block_tokens * Below(4);
+    settings.sink_tokens = Below(2);
+    if (Below(2) == 0) settings.max_principal_keys = 1 + Below(2 * settings.segment_tokens);
+    for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
+      settings.head_ratio.push_back((1 + Below(8)) / 8.0);
+    CompressionShape shape;
+    shape.layers = options_.layers;
+    shape.heads = options_.kv_heads * 2;
+    shape.kv_heads = options_.kv_heads;
+    shape.block_tokens = options_.block_tokens;
+    shape.query_blocks_per_head = 1 + Below(2);
+    shape.max_positions = options_.max_positions;
+    return MakeCompressionPlan(settings, shape).value();  // null where there is nothing to compress
   }
 
   void Admit() {
@@ -95,13 +124,14 @@ class Simulation {
     }
     const RequestId id = ++last_id_;
     const int prompt = static_cast<int>(request->prompt.size());
-    if (!scheduler_.CheckFits(prompt, request->sampling.max_tokens).ok()) {
+    const std::shared_ptr<const CompressionPlan> plan = plans_[Below(static_cast<int>(plans_.size()))];
+    if (!scheduler_.CheckFits(prompt, request->sampling.max_tokens, plan.get()).ok()) {
       ++refused_;
       return;
     }
     const int max_new_tokens = scheduler_.MaxNewTokens(prompt, request->sampling.max_tokens);
     for (int i = 0; i < request->sampling.n; ++i) {
-      auto sequence = std::make_unique<Sequence>(id, request, i, max_new_tokens, nullptr);
+      auto sequence = std::make_unique<Sequence>(id, request, i, max_new_tokens, nullptr, plan);
       admitted_.insert({id, i});
       alive_.insert(sequence.get());
       ASSERT_EQ(scheduler_.Admit(std::move(sequence)), absl::OkStatus());
@@ -136,6 +166,10 @@ class Simulation {
     for (const BatchEntry& entry : batch.entries) {
       ASSERT_NO_FATAL_FAILURE(CheckContents(entry));
       tokens.push_back(NextToken(*entry.sequence));
+    }
+    for (const BatchEntry& entry : batch.entries) {
+      if (!entry.closes_segment) continue;
+      ASSERT_NO_FATAL_FAILURE(Fit(batch, entry));
     }
     if (!batch.empty()) CheckTheFirstIsServed(batch);
     scheduler_.Commit(batch, tokens);
@@ -175,27 +209,116 @@ class Simulation {
     return static_cast<TokenId>((hash >> 8) % 3);
   }
 
+  // What a block holds: a number in each place that somebody has written.
+  using Contents = std::map<int, uint64_t>;
+
   void Store(const Batch& batch, const BatchEntry& entry) {
-    for (int layer = 0; layer < options_.layers; ++layer) {
-      for (int head = 0; head < options_.kv_heads; ++head) {
-        for (int r = 0; r < entry.rows; ++r) {
-          const int e = entry.exact_entries - entry.rows + r;
-          const BlockId block = entry.table->Layer(layer)[head].exact[e / options_.block_tokens];
-          contents_[block][e % options_.block_tokens] = batch.tokens[entry.first_row + r];
-        }
+    const int bt = options_.block_tokens;
+    for (int head = 0; head < options_.layers * options_.kv_heads; ++head) {
+      for (int r = 0; r < entry.rows; ++r) {
+        const int e = entry.exact_entries - entry.rows + r;
+        Write(entry.table->exact(head)[e / bt], e % bt,
+              Exact(*entry.sequence, batch.positions[entry.first_row + r]));
+      }
+    }
+    if (entry.plan == nullptr) return;
+    for (int r = 0; r < entry.rows; ++r) {
+      const int position = batch.positions[entry.first_row + r];
+      const int sample = entry.plan->SampleAt(position % entry.plan->segment_tokens());
+      if (sample < 0) continue;
+      for (const BlockId block : entry.table->queries())
+        Write(block, sample, Query(*entry.sequence, position));
+    }
+  }
+  void Write(BlockId block, int place, uint64_t what) {
+    if (place == 0) contents_[block].clear();  // all users of blocks fill them from the front
+    contents_[block][place] = what;
+  }
+
+  // A token's keys and values depend on the plan, too, once it sees something compressed.
+  static uint64_t Exact(const Sequence& s, int position) {
+    const bool touched = s.plan() != nullptr && s.plan()->VisibleSegments(position) > 0;
+    return static_cast<uint64_t>(s.token(position)) ^ (touched ? s.plan()->id() : 0);
+  }
+  static uint64_t TokensHash(const Sequence& s, int tokens) {
+    uint64_t hash = 1;
+    for (int i = 0; i < tokens; ++i) hash = hash * 1000003 + static_cast<uint64_t>(s.token(i)) + 1;
+    return hash;
+  }
+  static uint64_t Query(const Sequence& s, int position) { return TokensHash(s, position + 1) ^ 0x5555; }
+  // The content of block `block` of a principal group, a pure function of tokens and plan.
+  static uint64_t Principal(const Sequence& s, int segment, int head, int block) {
+    const uint64_t tokens = TokensHash(s, (segment + 1) * s.plan()->segment_tokens());
+    return (tokens ^ s.plan()->id()) * 31 + static_cast<uint64_t>(segment * 10000 + head * 100 + block);
+  }
+
+  // Everything that the entry's rows see.
+  void CheckContents(const BatchEntry& entry) {
+    const Sequence& s = *entry.sequence;
+    const CompressionPlan* plan = s.plan();
+    const int position = s.position();
+    const int visible = plan != nullptr ? plan->VisibleSegments(position) : 0;
+    if (plan != nullptr) {
+      ASSERT_TRUE(s.fitted_segments() == 0 ||
+                  position / plan->segment_tokens() == (position + entry.rows - 1) / plan->segment_tokens());
+      compressed_steps_ += visible > 0;
+    }
+    const int first_token = visible > 0 ? visible * plan->segment_tokens() : 0;
+    ASSERT_EQ(entry.exact_entries, position + entry.rows - first_token);
+    for (int head = 0; head < options_.layers * options_.kv_heads; ++head) {
+      const KvHeadBlocks& blocks = entry.table->Layer(head / options_.kv_heads)[head % options_.kv_heads];
+      ASSERT_NO_FATAL_FAILURE(CheckExact(s, blocks.exact, first_token, entry.exact_entries));
+      const int principal_blocks = visible > 0 ? plan->StateBlocks(visible - 1, head) : 0;
+      ASSERT_EQ(blocks.principal_entries, principal_blocks * options_.block_tokens);
+      if (visible == 0) continue;
+      ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
+    }
+  }
+  void CheckExact(const Sequence& s, const BlockId* blocks, int first_token, int entries) {
+    for (int e = 0; e < entries; ++e) {
+      const Contents& contents = contents_[blocks[e / options_.block_tokens]];
+      const auto found = contents.find(e % options_.block_tokens);
+      ASSERT_TRUE(found != contents.end() && found->second == Exact(s, first_token + e))
+          << "sequence " << s.id() << "/" << s.index() << " token " << first_token + e;
+    }
+  }
+  void CheckState(const Sequence& s, int state, int head, const BlockId* blocks) {
+    for (int segment = s.plan()->StateBegin(state); segment <= state; ++segment) {
+      for (int b = 0; b < s.plan()->GroupBlocks(segment)[head]; ++b, ++blocks) {
+        const Contents& contents = contents_[*blocks];
+        const auto found = contents.find(0);
+        ASSERT_TRUE(found != contents.end() && found->second == Principal(s, segment, head, b))
+            << "sequence " << s.id() << "/" << s.index() << " segment " << segment << " block " << b;
       }
     }
   }
-  void CheckContents(const BatchEntry& entry) {
+
+  // A fit reads the history before, the segment's tokens and its queries, and writes its group.
+  void Fit(const Batch& batch, const BatchEntry& entry) {
     const Sequence& s = *entry.sequence;
-    for (int layer = 0; layer < options_.layers; ++layer) {
-      for (int head = 0; head < options_.kv_heads; ++head) {
-        for (int e = 0; e < entry.exact_entries; ++e) {
-          const BlockId block = entry.table->Layer(layer)[head].exact[e / options_.block_tokens];
-          ASSERT_EQ(contents_[block][e % options_.block_tokens], s.token(e))
-              << "sequence " << s.id() << "/" << s.index() << " entry " << e;
-        }
+    const CompressionPlan& plan = *entry.plan;
+    const int segment = batch.positions[entry.first_row] / plan.segment_tokens();
+    ASSERT_LT(segment, s.fitted_segments());
+    for (const BlockId block : entry.table->queries()) {
+      for (int sample = 0; sample < plan.samples(); ++sample) {
+        const auto found = contents_[block].find(sample);
+        const int position = segment * plan.segment_tokens() + plan.SampleOffset(sample);
+        ASSERT_TRUE(found != contents_[block].end() && found->second == Query(s, position))
+            << "sequence " << s.id() << "/" << s.index() << " has lost the query of token " << position;
       }
+    }
+    for (int head = 0; head < options_.layers * options_.kv_heads; ++head) {
+      const BlockId* exact = entry.table->exact(head).data() +
+                             (entry.exact_entries - plan.segment_tokens()) / plan.block_tokens();
+      ASSERT_NO_FATAL_FAILURE(CheckExact(s, exact, segment * plan.segment_tokens(), plan.segment_tokens()));
+      const int blocks = plan.GroupBlocks(segment)[head];
+      const std::span<const BlockId> principal = entry.table->principal(head);
+      const BlockId* out = principal.data() + principal.size() - blocks;
+      if (plan.Replaces(segment) && segment > 0) {
+        ++replaced_states_;
+        ASSERT_NO_FATAL_FAILURE(CheckState(s, segment - 1, head, out - plan.StateBlocks(segment - 1, head)));
+      }
+      for (int b = 0; b < blocks; ++b) Write(out[b], 0, Principal(s, segment, head, b));
     }
   }
 
@@ -224,7 +347,8 @@ class Simulation {
   std::mt19937 random_;
   SchedulerOptions options_;
   Scheduler scheduler_;
-  std::vector<std::vector<TokenId>> contents_;  // what the model wrote into each block
+  std::vector<Contents> contents_;  // what the model wrote into each block
+  std::vector<std::shared_ptr<const CompressionPlan>> plans_;
   absl::Time now_ = absl::FromUnixSeconds(1);
   RequestId last_id_ = 0;
   std::set<std::pair<RequestId, int>> admitted_;
@@ -235,32 +359,44 @@ class Simulation {
   int64_t refused_ = 0;
   uint64_t preemptions_ = 0;
   uint64_t hits_ = 0;
+  uint64_t segments_closed_ = 0;
+  int64_t compressed_steps_ = 0;
+  int64_t replaced_states_ = 0;
 };
 
-TEST(SchedulerSimulationTest, NothingIsLostWhateverHappens) {
-  uint64_t preemptions = 0;
-  uint64_t hits = 0;
-  int64_t refused = 0;
+// Runs all seeds and looks whether the simulation has been everywhere.
+void Simulate(bool compress) {
+  uint64_t preemptions = 0, hits = 0, segments_closed = 0;
+  int64_t refused = 0, compressed_steps = 0, replaced_states = 0;
   std::set<FinishReason> reasons;
-  for (uint32_t seed = 1; seed <= 8; ++seed) {
+  for (uint32_t seed = 1; seed <= (compress ? 24u : 8u); ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
-    Simulation simulation(seed);
+    Simulation simulation(seed, compress);
     simulation.Run();
     if (testing::Test::HasFailure()) return;
     preemptions += simulation.preemptions();
     hits += simulation.hits();
     refused += simulation.refused();
+    segments_closed += simulation.segments_closed();
+    compressed_steps += simulation.compressed_steps();
+    replaced_states += simulation.replaced_states();
     reasons.insert(simulation.reasons().begin(), simulation.reasons().end());
   }
-  // The simulation has been everywhere.
   EXPECT_GT(preemptions, 100u);
   EXPECT_GT(hits, 1000u);
   EXPECT_GT(refused, 10);
+  EXPECT_EQ(segments_closed > 1000, compress);
+  EXPECT_EQ(compressed_steps > 1000, compress);
+  EXPECT_EQ(replaced_states > 1000, compress);
   for (FinishReason reason :
        {FinishReason::kStop, FinishReason::kLength, FinishReason::kCancelled, FinishReason::kDeadline}) {
     EXPECT_TRUE(reasons.contains(reason));
   }
 }
+
+TEST(SchedulerSimulationTest, NothingIsLostWhateverHappens) { Simulate(false); }
+
+TEST(SchedulerSimulationTest, NothingIsLostWhileHistoryIsCompressed) { Simulate(true); }
 
 }  // namespace
 }  // namespace atp

@@ -1,8 +1,11 @@
 #include "kernels/kv_page.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -92,6 +95,62 @@ TEST(KvFormat, NamesRoundTrip) {
     EXPECT_THAT(KvFormatFromName(Name(format)), Optional(format));
   }
   EXPECT_EQ(KvFormatFromName("fp8"), std::nullopt);
+}
+
+// Half a step of the entry's own scale, which bf16 makes at most 2⁻⁷ larger than it need be.
+TEST(KvPage, IntegersAreWithinHalfAStep) {
+  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+    const int top = format == KvFormat::kInt8 ? 127 : 7;
+    for (const int head_dim : {2, 8, 34, 128}) {
+      const KvPage page(format, 32, head_dim, true);
+      std::vector<std::byte> block(page.bytes(), std::byte{0xff});
+      std::mt19937 rng(static_cast<uint32_t>(head_dim));
+      std::normal_distribution<float> normal;
+      std::vector<std::vector<float>> keys, values;
+      for (int e = 0; e < 32; ++e) {
+        for (auto* all : {&keys, &values}) {
+          std::vector<float>& x = all->emplace_back(head_dim);
+          for (float& f : x) f = normal(rng) * std::exp(normal(rng));
+        }
+      }
+      for (int e = 31; e >= 0; --e)
+        page.Store(block.data(), e, keys[e].data(), values[e].data(), static_cast<float>(e));
+      for (int e = 0; e < 32; ++e) {
+        std::vector<float> key(head_dim, NAN), value(head_dim, NAN);
+        float log_mass = NAN;
+        page.Load(block.data(), e, key.data(), value.data(), &log_mass);
+        EXPECT_EQ(log_mass, static_cast<float>(e));
+        for (const auto& [got, wanted] : {std::pair(&key, &keys[e]), std::pair(&value, &values[e])}) {
+          float largest = 0;
+          for (const float f : *wanted) largest = std::max(largest, std::abs(f));
+          for (int i = 0; i < head_dim; ++i) {
+            EXPECT_LE(std::abs((*got)[i] - (*wanted)[i]), largest / top * 0.5f * (1 + 0x1p-7f) + 1e-6f)
+                << Name(format) << " entry " << e << " dimension " << i;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(KvPage, IntegersTakeAHalfAndAQuarterAndTheirScales) {
+  const size_t scales = 16 * 2 * sizeof(uint16_t), log_mass = 16 * sizeof(float);
+  EXPECT_EQ(KvPage(KvFormat::kInt8, 16, 128, true).bytes(), 2 * 16 * 128 + scales + log_mass);
+  EXPECT_EQ(KvPage(KvFormat::kInt4, 16, 128, true).bytes(), 16 * 128 + scales + log_mass);
+}
+
+TEST(KvPage, NothingIsStoredAsNothing) {
+  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+    const KvPage page(format, 16, 8, true);
+    std::vector<std::byte> block(page.bytes(), std::byte{0xff});
+    const std::vector<float> zero(8, 0.0f);
+    page.Store(block.data(), 3, zero.data(), zero.data(), 0.0f);
+    std::vector<float> key(8, NAN), value(8, NAN);
+    float log_mass;
+    page.Load(block.data(), 3, key.data(), value.data(), &log_mass);
+    EXPECT_EQ(key, zero);
+    EXPECT_EQ(value, zero);
+  }
 }
 
 }  // namespace

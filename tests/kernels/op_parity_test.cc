@@ -262,7 +262,8 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
       ++norms.entries;
     }
   };
-  add(*pool.principal, sequence.heads[kv_head].principal, sequence.heads[kv_head].principal_entries);
+  const KvHeadBlocks& head = sequence.heads[kv_head];
+  add(*head.principal_page, head.principal, head.principal_entries);
   add(*pool.exact, sequence.heads[kv_head].exact, sequence.exact_entries);
   return norms;
 }

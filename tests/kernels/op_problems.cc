@@ -77,8 +77,11 @@ CacheProblem::CacheProblem(Random& random, const CacheShape& shape,
                            const std::vector<SequenceShape>& sequences, bool with_step)
     : shape_(shape),
       exact_(shape.format, shape.entries, shape.head_dim, false),
-      principal_(shape.format, shape.principal_entries_per_block, shape.head_dim, true),
-      block_bytes_(std::max(exact_.bytes(), principal_.bytes())) {
+      block_bytes_(exact_.bytes()) {
+  for (const KvFormat format : {shape.format, KvFormat::kInt8, KvFormat::kInt4}) {
+    principal_.emplace_back(format, shape.principal_entries_per_block, shape.head_dim, true);
+    block_bytes_ = std::max(block_bytes_, principal_.back().bytes());
+  }
   int blocks = 1;
   for (const SequenceShape& sequence : sequences) {
     blocks += shape.kv_heads * (sequence.exact_entries / shape.entries + 1 +
@@ -108,6 +111,8 @@ BlockId CacheProblem::TakeBlock() {
 void CacheProblem::FillPrincipal(Random& random, KvHeadBlocks& head, int count) {
   auto& table = *tables_.emplace_back(std::make_unique<std::vector<BlockId>>());
   const int per_block = shape_.principal_entries_per_block;
+  const KvPage& page =
+      principal_[static_cast<size_t>(UniformInt(random, 0, static_cast<int>(principal_.size()) - 1))];
   for (int i = 0; i < count; ++i) {
     if (i % per_block == 0) table.push_back(TakeBlock());
     std::byte* block = pool_.data() + static_cast<size_t>(table.back()) * block_bytes_;
@@ -116,10 +121,11 @@ void CacheProblem::FillPrincipal(Random& random, KvHeadBlocks& head, int count) 
     const std::vector<float> value = padding ? Poison(shape_.head_dim) : Normals(random, shape_.head_dim);
     const float log_mass = padding ? -std::numeric_limits<float>::infinity()
                                    : std::log(static_cast<float>(UniformInt(random, 1, 100)));
-    principal_.Store(block, i % per_block, key.data(), value.data(), log_mass);
+    page.Store(block, i % per_block, key.data(), value.data(), log_mass);
   }
   head.principal = table.data();
   head.principal_entries = count;
+  head.principal_page = &page;
 }
 
 void CacheProblem::FillExact(Random& random, KvHeadBlocks& head, const SequenceShape& sequence,

@@ -58,7 +58,7 @@ class CacheProblem {
 
   const CacheShape& shape() const { return shape_; }
   int rows() const { return rows_; }
-  KvPool pool() { return {pool_.data(), block_bytes_, &exact_, &principal_}; }
+  KvPool pool() { return {pool_.data(), block_bytes_, &exact_, nullptr}; }
   const std::vector<KvSequence>& sequences() const { return sequences_; }
   std::vector<std::byte>& bytes() { return pool_; }
 
@@ -69,7 +69,7 @@ class CacheProblem {
 
   CacheShape shape_;
   KvPage exact_;
-  KvPage principal_;
+  std::vector<KvPage> principal_;  // one of every format that a head may have
   size_t block_bytes_;
   int rows_ = 0;
   std::vector<std::byte> pool_;

@@ -1,5 +1,8 @@
-// The principal fit against fixtures of an independent implementation (tests/golden/generate_principal_fit.py), the cpu
-// version of every instruction set against the reference on fresh random problems, and degenerate input.
+// The principal fit against fixtures of an independent implementation
+// (tests/golden/generate_principal_fit.py), the cpu version of every instruction set against the reference on
+// fresh random problems, and degenerate input.
+#include "kernels/cpu/principal_fit.h"
+
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -11,7 +14,6 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/cpu/principal_fit.h"
 #include "kernels/reference/principal_fit.h"
 
 namespace atp {
@@ -20,11 +22,12 @@ namespace {
 struct Problem {
   int n, m, held, d, count, forced;
   std::vector<float> keys, values, log_mass, queries, held_out;
-  std::vector<int32_t> chosen;                            // fixtures only
-  std::vector<float> fitted_values, fitted_mass, gap;     // fixtures only
+  std::vector<int32_t> chosen;                         // fixtures only
+  std::vector<float> fitted_values, fitted_mass, gap;  // fixtures only
 
   PrincipalFitProblem View() const {
-    return {keys.data(), values.data(), log_mass.empty() ? nullptr : log_mass.data(), queries.data(), n, m, d, count, forced};
+    return {keys.data(), values.data(), log_mass.empty() ? nullptr : log_mass.data(), queries.data(), n, m, d,
+            count,       forced};
   }
 };
 
@@ -37,8 +40,11 @@ struct Fit {
 // isa null: the reference.
 Fit Solve(const Problem& p, const cpu::Isa* isa) {
   const int r = std::min(p.count, p.n);
-  Fit fit{std::vector<float>(r * p.d, NAN), std::vector<float>(r * p.d, NAN), std::vector<float>(r, NAN),
-          std::vector<int32_t>(r, -1), {}};
+  Fit fit{std::vector<float>(r * p.d, NAN),
+          std::vector<float>(r * p.d, NAN),
+          std::vector<float>(r, NAN),
+          std::vector<int32_t>(r, -1),
+          {}};
   fit.result = {fit.keys.data(), fit.values.data(), fit.log_mass.data(), fit.chosen.data()};
   if (isa == nullptr) {
     ReferenceFitPrincipal(p.View(), &fit.result);
@@ -98,8 +104,9 @@ Problem ReadFixture(const std::string& name) {
   return p;
 }
 
-// Both sides compute in double, so what is left is the rounding of fp32 results (half an ulp) and what the ridge system,
-// of condition at most r/ρ + 1, makes of double rounding: r/ρ · 2⁻⁵³ · 200 steps is far below it.
+// Both sides compute in double, so what is left is the rounding of fp32 results (half an ulp) and what the
+// ridge system, of condition at most r/ρ + 1, makes of double rounding: r/ρ · 2⁻⁵³ · 200 steps is far below
+// it.
 double Tolerance(double value) { return std::abs(value) * 0x1p-22 + 1e-7; }
 
 void ExpectSame(const Fit& a, const std::vector<int32_t>& chosen, const std::vector<float>& values,
@@ -133,7 +140,8 @@ TEST_P(Fixture, EveryImplementationAgrees) {
     const Fit fit = Solve(p, i == 0 ? nullptr : &isas[i - 1]);
     EXPECT_TRUE(fit.result.fitted);
     ExpectSame(fit, p.chosen, p.fitted_values, p.fitted_mass);
-    // Queries that were not fitted to get the same answer as from the fixture's entries, and nearly that of all entries.
+    // Queries that were not fitted to get the same answer as from the fixture's entries, and nearly that of
+    // all entries.
     const std::vector<double> expected = Output(p.held_out, p.d, fit.keys, p.fitted_values, p.fitted_mass);
     const std::vector<double> got = Output(p.held_out, p.d, fit.keys, fit.values, fit.log_mass);
     EXPECT_LT(RelativeError(got, expected), 1e-6);
@@ -154,7 +162,8 @@ TEST(PrincipalFit, EveryInstructionSetAgreesWithTheReference) {
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE("seed " + std::to_string(seed));
   std::mt19937 rng(seed);
-  const int shapes[][5] = {{17, 5, 8, 4, 0}, {64, 64, 32, 16, 4}, {100, 130, 24, 33, 1}, {48, 16, 64, 47, 4}, {3, 1, 2, 1, 1}};
+  const int shapes[][5] = {
+      {17, 5, 8, 4, 0}, {64, 64, 32, 16, 4}, {100, 130, 24, 33, 1}, {48, 16, 64, 47, 4}, {3, 1, 2, 1, 1}};
   for (const auto& s : shapes) {
     for (const bool biased : {false, true}) {
       const Problem p = RandomProblem(rng, s[0], s[1], s[2], s[3], s[4], biased);
@@ -167,7 +176,8 @@ TEST(PrincipalFit, EveryInstructionSetAgreesWithTheReference) {
           EXPECT_NEAR(fit.result.output_residual, reference.result.output_residual, 1e-6);
           EXPECT_NEAR(fit.result.mass_residual, reference.result.mass_residual, 1e-6);
         } else {
-          // Fewer queries than entries to choose: the last pivots are ties of nothing, but everything is spanned.
+          // Fewer queries than entries to choose: the last pivots are ties of nothing, but everything is
+          // spanned.
           EXPECT_LT(fit.result.output_residual, kPrincipalRidge);
           EXPECT_LT(fit.result.mass_residual, kPrincipalRidge);
         }
@@ -191,7 +201,8 @@ class Degenerate : public testing::Test {
   // Finite entries, distinct indices in order, sinks among them, and an answer near the exact one.
   void Check(const Problem& p, double bound) {
     const std::vector<float> zero(p.n, 0.0f);
-    const std::vector<double> exact = Output(p.queries, p.d, p.keys, p.values, p.log_mass.empty() ? zero : p.log_mass);
+    const std::vector<double> exact =
+        Output(p.queries, p.d, p.keys, p.values, p.log_mass.empty() ? zero : p.log_mass);
     const std::vector<cpu::Isa> isas = cpu::AvailableIsas();
     for (size_t i = 0; i <= isas.size(); ++i) {
       SCOPED_TRACE(i == 0 ? "reference" : isas[i - 1].name);

@@ -1,0 +1,66 @@
+// Other ways to choose and weigh the entries of a closed segment, for `atp eval` to compare with: a backend
+// that forwards every op, and replaces the principal fit while a baseline is set.
+#ifndef ATP_CLI_BASELINE_BACKEND_H_
+#define ATP_CLI_BASELINE_BACKEND_H_
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/principal_segment.h"
+
+namespace atp {
+
+enum class Baseline : uint8_t {
+  kNone,       // the real fit
+  kRecent,     // sinks and the newest entries (StreamingLLM, arXiv 2309.17453)
+  kAttention,  // the entries that the references attend to most (SnapKV, arXiv 2404.14469)
+  kUnfitted,   // principal entries with their real values and no log mass
+};
+
+std::string_view Name(Baseline baseline);
+std::optional<Baseline> BaselineFromName(std::string_view name);
+
+class BaselineBackend : public Backend {
+ public:
+  // `inner`'s memory must be readable by the host: cpu or reference.
+  explicit BaselineBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+
+  void set_baseline(Baseline baseline) { baseline_ = baseline; }
+
+  std::string Description() const override { return inner_->Description(); }
+  bool Supports(const OpDesc& desc) const override { return inner_->Supports(desc); }
+  absl::StatusOr<Buffer> Allocate(size_t bytes) override { return inner_->Allocate(bytes); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return inner_->LoadWeight(host); }
+  void CopyToDevice(void* device, const void* host, size_t bytes) override {
+    inner_->CopyToDevice(device, host, bytes);
+  }
+  void CopyToHost(void* host, const void* device, size_t bytes) override {
+    inner_->CopyToHost(host, device, bytes);
+  }
+  void GatherRows(const GatherRowsArgs& args) override { inner_->GatherRows(args); }
+  void MatMul(const MatMulArgs& args) override { inner_->MatMul(args); }
+  void RmsNorm(const RmsNormArgs& args) override { inner_->RmsNorm(args); }
+  void Rope(const RopeArgs& args) override { inner_->Rope(args); }
+  void SwiGlu(const SwiGluArgs& args) override { inner_->SwiGlu(args); }
+  void StoreKv(const StoreKvArgs& args) override { inner_->StoreKv(args); }
+  void Attention(const AttentionArgs& args) override { inner_->Attention(args); }
+  void StoreQueries(const StoreQueriesArgs& args) override { inner_->StoreQueries(args); }
+  void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override;
+  absl::Status Synchronize() override { return inner_->Synchronize(); }
+
+ private:
+  std::unique_ptr<Backend> inner_;
+  Baseline baseline_ = Baseline::kNone;
+  PrincipalSegment segment_;
+};
+
+// Which entries a baseline keeps: ascending, min(count, n) of them, the forced ones first among them.
+std::vector<int32_t> ChooseEntries(Baseline baseline, const PrincipalFitProblem& problem);
+
+}  // namespace atp
+
+#endif  // ATP_CLI_BASELINE_BACKEND_H_

@@ -1,0 +1,46 @@
+// From the settings of section atp to what is compressed and how far.
+#ifndef ATP_CLI_COMPRESSION_CHOICE_H_
+#define ATP_CLI_COMPRESSION_CHOICE_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "config/config.h"
+#include "engine/compression_budgets.h"
+#include "engine/compression_plan.h"
+#include "engine/llama_config.h"
+#include "kernels/kv_page.h"
+
+namespace atp {
+
+struct CompressionChoice {
+  std::string preset;        // "exact", "balanced" …; "ratio" when it was set by hand
+  double ratio = 1;          // mean over kv heads
+  std::string budgets_file;  // empty: uniform, or exact
+  CompressionSettings settings;
+  // The most blocks that a sequence of the model's full length holds at once; 0: nothing is compressed. Set
+  // with the engine.
+  int64_t peak_blocks = 0;
+
+  bool exact() const { return ratio == 1 && settings.max_principal_keys == 0; }
+};
+
+// Entries per token of a preset ("quality" …). The entries are of the exact cache's element type, so this is
+// the share of its bytes, too.
+double PresetRatio(const std::string& preset);
+
+// Reads the budgets file where there is one. Errors name the setting or the file.
+absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
+                                                    const LlamaConfig& model, int block_tokens);
+
+// Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`.
+std::string BudgetsFileOf(const std::string& model_dir);
+
+// What plans for this model are made for. `max_positions`: the most tokens a sequence can have.
+CompressionShape CompressionShapeOf(const LlamaConfig& model, int block_tokens, KvFormat format,
+                                    int max_positions);
+
+}  // namespace atp
+
+#endif  // ATP_CLI_COMPRESSION_CHOICE_H_

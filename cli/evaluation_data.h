@@ -1,0 +1,47 @@
+// The token sequences that `atp eval` judges and `atp calibrate` measures on: from a text, or from a NumPy
+// file.
+#ifndef ATP_CLI_EVALUATION_DATA_H_
+#define ATP_CLI_EVALUATION_DATA_H_
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cli/served_engine.h"
+#include "engine/request.h"
+
+namespace CLI {
+class App;
+}
+
+namespace atp {
+
+using TokenSequences = std::vector<std::vector<TokenId>>;
+
+struct DataFlags {
+  std::string text_file;
+  std::string ids_file;
+  int context = 0;    // tokens per sequence; 0: 512, or the model's positions
+  int64_t limit = 0;  // sequences; 0: all
+};
+
+// --text, --ids, --context, --limit.
+void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit);
+// One of text and ids must be given. `command` is for the message.
+absl::Status CheckDataFlags(const DataFlags& flags, const std::string& command);
+
+// flags.context, or its default; InvalidArgument where the model has fewer positions.
+absl::StatusOr<int> ContextTokens(const DataFlags& flags, const LoadedModel& loaded);
+// Errors name the file.
+absl::StatusOr<TokenSequences> LoadSequences(const DataFlags& flags, const LoadedModel& loaded, int context);
+
+// For calibration: every second sequence keeps its first `fresh` tokens, and repeats spans of them (8 to 64
+// tokens, from anywhere, at all distances) in place of the rest, so that predicting it needs recall.
+// Deterministic. A sequence of no more than `fresh` tokens stays as it is.
+void RepeatSpans(int fresh, TokenSequences* sequences);
+
+}  // namespace atp
+
+#endif  // ATP_CLI_EVALUATION_DATA_H_

@@ -1,0 +1,58 @@
+// How a mean ratio of compression is shared among kv heads: a few heads find one earlier token and copy from
+// it, and must keep their keys; most do not mind. `atp calibrate` measures that, a JSON file beside the model
+// keeps it:
+//   {"ratio": [[one number per kv head] per layer], "sensitivity": the same shape}
+#ifndef ATP_ENGINE_COMPRESSION_BUDGETS_H_
+#define ATP_ENGINE_COMPRESSION_BUDGETS_H_
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace atp {
+
+inline constexpr std::string_view kBudgetsFileName = "atp_budgets.json";
+// To what ratio a head is compressed to measure its sensitivity.
+inline constexpr double kSensitivityRatio = 1.0 / 16;
+
+struct CompressionBudgets {
+  int layers = 0;
+  int kv_heads = 0;
+  std::vector<double> ratio;  // [layers * kv_heads], layer-major, each in (0, 1]
+  // KL(exact || compressed) in nats per token when this head alone is compressed to kSensitivityRatio. Empty:
+  // the file has none, and its ratios serve their own mean only.
+  std::vector<double> sensitivity;
+
+  double MeanRatio() const;
+};
+
+// Ratios that minimise Σ S (1/r)^p, p = 1.5, for a given mean: r ∝ S^(1/(p+1)), clipped to [1/32, 1]. A mean
+// outside these bounds gives the nearer one.
+std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean_ratio);
+
+// Rounds each head's entries per segment to whole blocks, at least one, largest remainders up, so that no
+// block is padded and the mean stays within a block of what it was. Unchanged where that many blocks cannot
+// be had.
+std::vector<double> RoundToBlocks(std::span<const double> ratio, int segment_tokens, int block_entries);
+
+// The budgets' ratios where their mean is `mean_ratio`; else shared anew, from the sensitivities.
+// InvalidArgument naming `source` where there are none.
+absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,
+                                                  int segment_tokens, int block_entries,
+                                                  const std::string& source);
+
+// Errors name the file, the key, and what was expected and found: another key, shape or range is not
+// accepted.
+absl::StatusOr<CompressionBudgets> ParseCompressionBudgets(std::string_view json, const std::string& source,
+                                                           int layers, int kv_heads);
+absl::StatusOr<CompressionBudgets> LoadCompressionBudgets(const std::string& path, int layers, int kv_heads);
+// Replaces the file at once or not at all.
+absl::Status SaveCompressionBudgets(const CompressionBudgets& budgets, const std::string& path);
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_COMPRESSION_BUDGETS_H_

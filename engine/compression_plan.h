@@ -1,0 +1,151 @@
+// When and how far history is compressed into principal keys: constants of a server (or of a request), shared
+// by everybody who must agree on them. Pure functions of positions; knows no sequence and no byte.
+//
+// Segment k is the tokens [k·S, (k+1)·S). A token at position p sees the segments 0 .. VisibleSegments(p) - 1
+// as principal entries and everything behind them as exact tokens. A segment is fitted once, in the step that
+// computes its last token ("closes" it), into one group of blocks. Without a cap every segment adds its
+// entries to those of the segments before it; with one, from the segment on that would exceed it in some
+// head, a segment's group is the whole new history of every head and replaces the groups before it.
+//
+// "State k" is the principal history that ends with segment k. No plan (a null pointer) is exact attention.
+#ifndef ATP_ENGINE_COMPRESSION_PLAN_H_
+#define ATP_ENGINE_COMPRESSION_PLAN_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace atp {
+
+// Queries per query head that a segment keeps as references of its fit, at most.
+inline constexpr int kPrincipalSamples = 64;
+// References are asked from positions up to this far behind their segment.
+inline constexpr int kPrincipalHorizon = 1024;
+
+struct CompressionSettings {
+  double ratio = 1.0;              // principal entries per token of a closed segment, (0, 1]
+  std::vector<double> head_ratio;  // [layers * kv_heads], layer-major, instead of `ratio`; empty: uniform
+  int segment_tokens = 256;        // a multiple of the block size
+  int window_tokens = 256;         // newest tokens that stay exact; a multiple of the block size, 0 too
+  int sink_tokens = 4;             // first tokens that every fit keeps
+  int max_principal_keys = 0;      // per kv head; 0 = as many as there are
+};
+
+// Whether anything at all is compressed with these.
+bool Compresses(const CompressionSettings& settings);
+
+// What a plan is made for: the model, the blocks, and the most tokens a sequence can have.
+struct CompressionShape {
+  int layers = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int block_tokens = 16;
+  int query_blocks_per_head = 1;  // QueryPage::blocks_per_head()
+  int max_positions = 0;
+};
+
+class CompressionPlan {
+ public:
+  int segment_tokens() const { return settings_.segment_tokens; }
+  int window_tokens() const { return settings_.window_tokens; }
+  int block_tokens() const { return shape_.block_tokens; }
+  int blocks_per_segment() const { return settings_.segment_tokens / shape_.block_tokens; }
+  const CompressionSettings& settings() const { return settings_; }
+  // Not 0. Plans with the same id compress in the same way, so their blocks may be shared.
+  uint64_t id() const { return id_; }
+
+  // --- positions ---
+  // c(p) = max(0, ⌊(S·⌊p/S⌋ − W) / S⌋), constant inside a segment.
+  int VisibleSegments(int position) const {
+    const int s = settings_.segment_tokens;
+    return std::max(0, position / s * s - settings_.window_tokens) / s;
+  }
+  // How many segments a sequence has to fit when it computes `tokens` tokens: those that one of them sees.
+  int FittedSegments(int tokens) const { return tokens > 0 ? VisibleSegments(tokens - 1) : 0; }
+  // The first tokens, whose keys and values do not depend on the plan: everything that they see is exact.
+  int UntouchedTokens() const {
+    const int s = settings_.segment_tokens;
+    return s * (1 + (settings_.window_tokens + s - 1) / s);
+  }
+
+  // --- entries and blocks of principal history, per head = layer * kv_heads + kv head ---
+  bool Replaces(int segment) const { return segment >= first_replacing_; }
+  // First segment whose group belongs to state `segment`.
+  int StateBegin(int segment) const { return Replaces(segment) ? segment : 0; }
+  // Entries and blocks of segment `segment`'s group (padding is not counted as entries). [heads]
+  std::span<const int32_t> GroupEntries(int segment) const { return Row(group_entries_, segment); }
+  std::span<const int32_t> GroupBlocks(int segment) const { return Row(group_blocks_, segment); }
+  int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
+  int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
+  // Blocks of state `segment` in one head; 0 for segment -1, before the first.
+  int StateBlocks(int segment, int head) const {
+    if (segment < 0) return 0;
+    return Replaces(segment) ? GroupBlocks(segment)[head] : (segment + 1) * GroupBlocks(segment)[head];
+  }
+  // Entries that a fit always keeps: the sinks, which lead the first segment and every state.
+  int ForcedEntries(int segment) const {
+    return segment == 0 || Replaces(segment) ? settings_.sink_tokens : 0;
+  }
+
+  // --- references ---
+  int samples() const { return samples_; }  // per query head and segment
+  // Which sample the token at `offset` in its segment is, or -1. The last token is always one.
+  int SampleAt(int offset) const {
+    const int sample = offset * samples_ / settings_.segment_tokens;
+    return (offset + 1) * samples_ / settings_.segment_tokens > sample ? sample : -1;
+  }
+  int SampleOffset(int sample) const {
+    return ((sample + 1) * settings_.segment_tokens + samples_ - 1) / samples_ - 1;
+  }
+  // Where a kept query is asked from when its segment is fitted: a place behind the segment, by a hash of
+  // what it is, so that it is the same whoever computes it.
+  int ReferencePosition(int layer, int head, int segment, int sample) const;
+  // Blocks for all samples of an open segment: [layers][heads * query_blocks_per_head].
+  int query_blocks() const { return shape_.layers * shape_.heads * shape_.query_blocks_per_head; }
+  int query_blocks_per_layer() const { return shape_.heads * shape_.query_blocks_per_head; }
+
+  // The most blocks that a sequence holds at once while it computes the tokens [from, to), when it fits
+  // `fitted` segments. Chunks end where segments end.
+  int64_t PeakBlocks(int from, int to, int fitted) const;
+
+ private:
+  friend absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
+      const CompressionSettings&, const CompressionShape&);
+  CompressionPlan(const CompressionSettings& settings, const CompressionShape& shape,
+                  std::vector<int32_t> counts);
+
+  // Groups are all alike, until replacing ones grow head by head to the cap; then they are alike again.
+  size_t Level(int segment) const {
+    return std::min(static_cast<size_t>(std::max(0, segment - first_replacing_ + 1)),
+                    total_group_blocks_.size() - 1);
+  }
+  std::span<const int32_t> Row(const std::vector<int32_t>& table, int segment) const {
+    return {table.data() + Level(segment) * counts_.size(), counts_.size()};
+  }
+  void AddLevel(int segment);
+  uint64_t Hash() const;
+
+  CompressionSettings settings_;
+  CompressionShape shape_;
+  std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
+  int samples_;
+  int first_replacing_;                  // segment; beyond every position without a cap
+  std::vector<int32_t> group_entries_;   // [levels, heads]
+  std::vector<int32_t> group_blocks_;    // [levels, heads]
+  std::vector<int> total_group_blocks_;  // [levels]
+  std::vector<int64_t> total_group_entries_;
+  uint64_t id_;
+};
+
+// InvalidArgument naming the setting. Null where the settings compress nothing: Compresses() is false, or
+// every head keeps all keys of a segment as short as this.
+absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
+    const CompressionSettings& settings, const CompressionShape& shape);
+
+}  // namespace atp
+
+#endif  // ATP_ENGINE_COMPRESSION_PLAN_H_

@@ -1,0 +1,157 @@
+// How much compressed history saves: decode attention over 8k tokens of context, exact and at several (ratio,
+// format), and what one fit costs. All cases of a round run one after the other, so their ratios hold on a
+// noisy machine. JSON.
+//   principal_bench [isa] [threads]
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/backend_factory.h"
+
+namespace atp {
+namespace {
+
+constexpr int kHeads = 32, kKvHeads = 4, kDim = 64;  // TinyLlama-1.1B
+constexpr int kContext = 8192, kWindow = 256, kSegment = 256, kRounds = 15;
+constexpr int kCaches = 16;  // as many sequences, so that the bytes do not come from the second-level cache
+
+double Seconds(const std::function<void()>& body) {
+  const auto begin = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// Sequences that hold `principal` entries in one format and `exact` tokens in every kv head.
+class Context {
+ public:
+  Context(Backend* backend, std::string name, double ratio, KvFormat format, bool zero_mass = false)
+      : name_(std::move(name)),
+        backend_(backend),
+        exact_page_(KvFormat::kBF16, 16, kDim, false),
+        page_(format, 16, kDim, true) {
+    const int compressed = ratio > 0 ? (kContext - kWindow) / kSegment * kSegment : 0;
+    principal_ = static_cast<int>(compressed * ratio);
+    exact_ = kContext - compressed;
+    block_bytes_ = std::max(exact_page_.bytes(), page_.bytes());
+    const int per_head = principal_ / 16 + exact_ / 16;
+    pool_ = *backend->Allocate(static_cast<size_t>(kCaches) * kKvHeads * per_head * block_bytes_);
+    kv_bytes_ =
+        static_cast<double>(principal_ / 16 * page_.bytes() + exact_ / 16 * exact_page_.bytes()) * kKvHeads;
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> key(kDim), value(kDim);
+    BlockId next = 0;
+    for (int s = 0; s < kCaches; ++s) {
+      for (int h = 0; h < kKvHeads; ++h) {
+        auto& ids = tables_.emplace_back(per_head);
+        for (BlockId& id : ids) id = next++;
+        for (int i = 0; i < principal_ + exact_; ++i) {
+          for (float& x : key) x = normal(rng);
+          for (float& x : value) x = normal(rng);
+          std::byte* block = pool_.data() + ids[i / 16] * block_bytes_;
+          (i < principal_ ? page_ : exact_page_)
+              .Store(block, i % 16, key.data(), value.data(), zero_mass ? 0.0f : 1.0f);
+        }
+      }
+    }
+    for (int s = 0; s < kCaches; ++s) {
+      auto& heads = heads_.emplace_back(kKvHeads);
+      for (int h = 0; h < kKvHeads; ++h) {
+        const std::vector<BlockId>& ids = tables_[s * kKvHeads + h];
+        heads[h] = {ids.data() + principal_ / 16, ids.data(), principal_, &page_};
+      }
+      sequences_.push_back({s, 1, exact_, heads.data()});
+    }
+    query_.assign(kCaches * kHeads * kDim, 0.1f);
+    out_.resize(query_.size());
+  }
+
+  double Attend() {
+    return Seconds([this] {
+      backend_->Attention({query_.data(),
+                           out_.data(),
+                           sequences_,
+                           {pool_.data(), block_bytes_, &exact_page_, nullptr},
+                           kHeads,
+                           kKvHeads,
+                           1 / std::sqrt(float{kDim})});
+    });
+  }
+
+  const std::string name_;
+  double kv_bytes_;
+  std::vector<double> seconds_;
+
+ private:
+  Backend* backend_;
+  KvPage exact_page_, page_;
+  int principal_, exact_;
+  size_t block_bytes_;
+  Buffer pool_;
+  std::vector<std::vector<BlockId>> tables_;
+  std::vector<std::vector<KvHeadBlocks>> heads_;
+  std::vector<KvSequence> sequences_;
+  std::vector<float> query_, out_;
+};
+
+double Median(std::vector<double> x) {
+  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
+  return x[x.size() / 2];
+}
+
+int Main(int argc, char** argv) {
+  BackendOptions options;
+  if (argc > 1) options.cpu_isa = argv[1];
+  if (argc > 2) options.threads = std::atoi(argv[2]);
+  const auto backend = MakeBackend(options);
+  if (!backend.ok()) {
+    std::fprintf(stderr, "%s\n", backend.status().ToString().c_str());
+    return 2;
+  }
+  std::vector<std::unique_ptr<Context>> cases;
+  const auto add = [&](const char* name, double ratio, KvFormat format, bool zero = false) {
+    cases.push_back(std::make_unique<Context>(backend->get(), name, ratio, format, zero));
+  };
+  add("exact bf16", 0, KvFormat::kBF16);
+  add("all principal bf16, log_mass 0", 1, KvFormat::kBF16, true);
+  add("1/2 bf16", 0.5, KvFormat::kBF16);
+  add("1/4 bf16", 0.25, KvFormat::kBF16);
+  add("1/8 bf16", 0.125, KvFormat::kBF16);
+  add("1/2 int8", 0.5, KvFormat::kInt8);
+  add("1/2 int4", 0.5, KvFormat::kInt4);
+  add("1/4 int4", 0.25, KvFormat::kInt4);
+  for (int round = 0; round <= kRounds; ++round) {
+    for (auto& c : cases) {
+      const double seconds = c->Attend();
+      if (round > 0) c->seconds_.push_back(seconds);  // the first warms up
+    }
+  }
+  std::printf(
+      "{\"backend\": \"%s\", \"context\": %d, \"window\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": "
+      "%d, \"rows\": [",
+      (*backend)->Description().c_str(), kContext, kWindow, kHeads, kKvHeads, kDim);
+  const double exact = Median(cases[0]->seconds_);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const double seconds = Median(cases[i]->seconds_);
+    std::printf(
+        "%s\n  {\"case\": \"%s\", \"microseconds_per_sequence\": %.1f, \"time_ratio\": %.3f, "
+        "\"kv_bytes_ratio\": %.3f}",
+        i ? "," : "", cases[i]->name_.c_str(), seconds * 1e6 / kCaches, seconds / exact,
+        cases[i]->kv_bytes_ / cases[0]->kv_bytes_);
+  }
+  std::printf("\n]}\n");
+  return 0;
+}
+
+}  // namespace
+}  // namespace atp
+
+int main(int argc, char** argv) { return atp::Main(argc, argv); }
