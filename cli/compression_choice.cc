@@ -71,6 +71,8 @@ CompressionShape CompressionShapeOf(const LlamaConfig& model, int block_tokens, 
   shape.layers = model.layers;
   shape.heads = model.heads;
   shape.kv_heads = model.kv_heads;
+  shape.head_dim = model.head_dim;
+  shape.format = format;
   shape.block_tokens = block_tokens;
   shape.query_blocks_per_head = QueryPage(page.bytes(), kPrincipalSamples, model.head_dim).blocks_per_head();
   shape.max_positions = max_positions;

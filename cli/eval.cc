@@ -160,6 +160,8 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   for (size_t i = 0; i < rows->size(); ++i) {
     if ((*rows)[i].plan == nullptr) continue;
     shape.compressible = true;
+    shape.block_bytes = std::max(shape.block_bytes, CompressedBlockBytes((*rows)[i].settings, shape.format,
+                                                                         shape.block_tokens, shape.head_dim));
     const Baseline method = (*rows)[i].method;
     cases.push_back({(*rows)[i].plan, [backend, method] { backend->set_baseline(method); }});
     case_rows.push_back(i);
