@@ -19,6 +19,9 @@ struct CompressionChoice {
   double ratio = 1;          // mean over kv heads
   std::string budgets_file;  // empty: uniform, or exact
   CompressionSettings settings;
+  // The most blocks that a sequence of the model's full length holds at once; 0: nothing is compressed. Set
+  // with the engine.
+  int64_t peak_blocks = 0;
 
   bool exact() const { return ratio == 1 && settings.max_principal_keys == 0; }
 };

@@ -77,10 +77,11 @@ KvCache::Shape KvShapeOf(const Config& config, const LoadedModel& loaded) {
 
 size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens) {
   const LlamaConfig& llama = loaded.model->config();
-  const KvPage page(loaded.kv_format, config.block_tokens, llama.head_dim,
-                    /*with_log_mass=*/!loaded.compression.exact());
+  const int64_t peak = loaded.compression.peak_blocks;
+  const KvPage page(loaded.kv_format, config.block_tokens, llama.head_dim, /*with_log_mass=*/peak > 0);
   const int64_t blocks_per_head = (tokens + config.block_tokens - 1) / config.block_tokens;
-  return static_cast<size_t>(sequences * blocks_per_head * llama.layers * llama.kv_heads) * page.bytes();
+  const int64_t exact = blocks_per_head * llama.layers * llama.kv_heads;
+  return static_cast<size_t>(sequences * std::max(exact, peak)) * page.bytes();
 }
 
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
@@ -91,12 +92,34 @@ size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
                                  loaded.max_context_tokens));
 }
 
+namespace {
+
+// Fills in what is compressed, and the most blocks that one sequence can hold.
+absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
+  const LlamaConfig& model = loaded->model->config();
+  absl::StatusOr<CompressionChoice> choice =
+      ChooseCompression(config.atp, config.model.path, model, config.kv_cache.block_tokens);
+  if (!choice.ok()) return choice.status();
+  loaded->compression = *std::move(choice);
+  const int context = loaded->max_context_tokens;
+  absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan = MakeCompressionPlan(
+      loaded->compression.settings,
+      CompressionShapeOf(model, config.kv_cache.block_tokens, loaded->kv_format, context));
+  if (!plan.ok()) return plan.status();
+  const int fitted = *plan == nullptr ? 0 : (*plan)->FittedSegments(context);
+  if (fitted > 0) {
+    loaded->compression.peak_blocks = (*plan)->PeakBlocks(0, context, fitted);
+  } else {
+    loaded->compression.settings = CompressionSettings();  // nothing is spent on what never happens
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config, LoadedModel* loaded,
                                                            EngineObserver* observer) {
-  absl::StatusOr<CompressionChoice> compression =
-      ChooseCompression(config.atp, config.model.path, loaded->model->config(), config.kv_cache.block_tokens);
-  if (!compression.ok()) return compression.status();
-  loaded->compression = *std::move(compression);
+  if (absl::Status s = PlanCompression(config, loaded); !s.ok()) return s;
   BatchingEngineOptions options;
   options.kv_memory_bytes = KvMemoryBytes(config, *loaded);
   options.block_tokens = config.kv_cache.block_tokens;
@@ -116,15 +139,21 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config,
 namespace {
 
 // Tokens that the pool holds as sequences of `context` tokens each.
-int64_t CompressedTokens(const BatchingEngine& engine, int context) {
-  const CompressionPlan& plan = *engine.plan();
-  const int64_t blocks = plan.PeakBlocks(0, context, plan.FittedSegments(context));
+int64_t CompressedTokens(const BatchingEngine& engine, int64_t peak_blocks, int context) {
   return static_cast<int64_t>(static_cast<double>(engine.kv_cache().num_blocks()) /
-                              static_cast<double>(blocks) * context);
+                              static_cast<double>(peak_blocks) * context);
 }
 
 void LogCompression(const std::string& model_dir, const LoadedModel& loaded, const BatchingEngine& engine) {
   const CompressionChoice& choice = loaded.compression;
+  if (engine.plan() == nullptr && !choice.exact()) {
+    spdlog::info(
+        "atp={} ratio={:g} kv_tokens_exact={} context_tokens={} note=\"nothing is ever compressed: no "
+        "sequence is "
+        "longer than atp.segment_tokens and atp.window_tokens\"",
+        choice.preset, choice.ratio, engine.kv_cache().token_capacity(), loaded.max_context_tokens);
+    return;
+  }
   if (engine.plan() == nullptr) {
     spdlog::info(
         "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --ratio {:g}\"",
@@ -138,8 +167,8 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
       "kv_tokens_compressed={} context_tokens={}",
       choice.preset, choice.ratio, choice.budgets_file.empty() ? "uniform" : choice.budgets_file,
       settings.segment_tokens, settings.window_tokens, settings.max_principal_keys,
-      engine.kv_cache().token_capacity(), CompressedTokens(engine, loaded.max_context_tokens),
-      loaded.max_context_tokens);
+      engine.kv_cache().token_capacity(),
+      CompressedTokens(engine, choice.peak_blocks, loaded.max_context_tokens), loaded.max_context_tokens);
   if (choice.budgets_file.empty()) {
     spdlog::warn(
         "all kv heads are compressed alike, which loses recall on many models: run atp calibrate --model {} "

@@ -47,7 +47,7 @@ KvCache::Shape KvShapeOf(const Config& config, const LoadedModel& loaded);
 // kv_cache.memory_bytes, or kv_cache.memory_fraction of the memory that is left now, at most what
 // scheduler.max_running_requests sequences of full length can use.
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded);
-// Bytes of the cache that `sequences` of `tokens` each hold.
+// Bytes of the cache that `sequences` of `tokens` each hold at most.
 size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens);
 
 // `loaded` and `observer` (may be null) outlive the engine. Sets loaded->compression.

@@ -321,7 +321,7 @@ size_t PrincipalFitScratch(int n, int m, int d, int count) {
   const size_t r = count;
   // `forced` is at most `count`.
   return (n + r + 2 * static_cast<size_t>(d) + 1) * stride + static_cast<size_t>(n) * 2 * r + r * (r + d) +
-         n + 5 * r;
+         2 * static_cast<size_t>(n) + 5 * r;
 }
 
 HWY_EXPORT(FitPrincipal);

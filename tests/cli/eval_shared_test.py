@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import unittest
 
 from atp_binary import SHARED, atp, skip
@@ -27,6 +28,24 @@ class Shared(unittest.TestCase):
         row = evaluate("--model", RECALL, "--ids", os.path.join(RECALL, "eval_ids.npy"), "--from", 132)
         self.assertAlmostEqual(row["accuracy"], 0.9485, delta=0.0005)
         self.assertAlmostEqual(row["cross_entropy"], 0.5055, delta=0.001)
+
+    def test_stories_model_compressed(self):
+        done = atp("eval", "--model", STORIES, "--ids", os.path.join(STORIES, "eval_ids.npy"), "--from", 256, "--segment", 128,
+                   "--window", 128, "--ratio", "0.5,0.25,0.125", "--json")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for row, most in zip(json.loads(done.stdout)["rows"], (1e-4, 5e-4, 2e-3)):
+            self.assertLessEqual(row["kl"], most)
+
+    def test_recall_survives_with_calibrated_budgets_only(self):
+        schedule = ("--segment", 128, "--window", 0, "--from", 132)
+        with tempfile.TemporaryDirectory() as folder:
+            budgets = os.path.join(folder, "b.json")
+            done = atp("calibrate", "--model", RECALL, "--ids", os.path.join(RECALL, "calibration_ids.npy"), *schedule, "--ratio", 0.5,
+                       "--out", budgets)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            ids = ("--model", RECALL, "--ids", os.path.join(RECALL, "eval_ids.npy"))
+            self.assertGreaterEqual(evaluate(*ids, *schedule, "--budgets", budgets)["accuracy"], 0.945)
+            self.assertLess(evaluate(*ids, *schedule, "--ratio", 0.5)["accuracy"], 0.7)
 
     def test_stories_model_on_real_text(self):
         row = evaluate("--model", STORIES, "--text", TEXT)

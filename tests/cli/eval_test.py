@@ -19,12 +19,21 @@ def evaluate(*args):
     return row
 
 
+SCHEDULE = ("--from", 256, "--segment", 128, "--window", 128)
+
+
+def table(*args, ids=IDS):
+    done = atp("eval", "--model", MODEL, "--ids", ids, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
 class Eval(unittest.TestCase):
     def test_cross_entropy_of_held_out_text(self):
         row = evaluate("--ids", IDS, "--from", 256)
         self.assertAlmostEqual(row["cross_entropy"], 3.7612, delta=0.002)
         self.assertEqual(row["tokens"], 4 * 255)
-        self.assertEqual(set(row), {"ratio", "segment", "window", "cap", "kv_bytes_ratio", "cross_entropy", "perplexity",
+        self.assertEqual(set(row), {"method", "kv_dtype", "kv_held_ratio", "ratio", "segment", "window", "cap", "kv_bytes_ratio", "cross_entropy", "perplexity",
                                     "kl", "agreement", "accuracy", "tokens"})
 
     def test_f32_cache_and_reference_backend_agree(self):
@@ -70,7 +79,72 @@ class Eval(unittest.TestCase):
     def test_a_table_for_people(self):
         done = atp("eval", "--model", MODEL, "--ids", IDS, "--limit", 1, "--context", 32)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual([len(line.split()) for line in done.stdout.splitlines()], [7, 7])
+        self.assertEqual([len(line.split()) for line in done.stdout.splitlines()], [14, 14])
+
+    def test_compressed_history_answers_alike(self):
+        rows = table("--ratio", "1,0.5,0.25,0.125", *SCHEDULE)
+        for row, most in zip(rows, (0, 2e-4, 1e-3, 3e-3)):
+            self.assertLessEqual(row["kl"], most)
+            self.assertLessEqual(abs(row["cross_entropy"] / rows[0]["cross_entropy"] - 1), 1e-3)
+        self.assertEqual([row["method"] for row in rows], ["exact", "atp", "atp", "atp"])
+        for row, ratio in zip(rows[1:], (0.5, 0.25, 0.125)):
+            self.assertGreater(row["kl"], 0)
+            self.assertLessEqual(ratio, row["kv_bytes_ratio"])
+            self.assertLess(row["kv_bytes_ratio"], ratio * 1.05)
+            # Two of four segments are compressed at the end; the third is kept both ways, and the queries are, too.
+            self.assertLess(row["kv_held_ratio"], 0.5 + 1.5 * ratio / 2 + 0.1)
+
+    def test_principal_keys_beat_other_choices(self):
+        for ratio, factor in ((0.5, 8), (0.25, 8), (0.125, 3)):
+            ours, *others = table("--ratio", ratio, *SCHEDULE, "--baseline", "none,recent,attention,unfitted")
+            self.assertEqual([row["method"] for row in others], ["recent", "attention", "unfitted"])
+            for row in others:
+                self.assertGreater(row["kl"], factor * ours["kl"], row)
+
+    def test_budgets_per_head(self):
+        budgets = os.path.join(MODEL, "atp_budgets.json")
+        uniform, = table("--ratio", 0.25, *SCHEDULE)
+        shared, = table("--ratio", 0.25, *SCHEDULE, "--budgets", budgets)
+        own, = table(*SCHEDULE, "--budgets", budgets)  # without --ratio: the mean it was made for
+        self.assertEqual(own["ratio"], 0.25)
+        self.assertEqual(own["kl"], shared["kl"])
+        self.assertEqual(shared["kv_bytes_ratio"], uniform["kv_bytes_ratio"])
+        self.assertLess(shared["kl"], 0.95 * uniform["kl"])
+
+    def test_every_combination_is_a_row(self):
+        rows = table("--ratio", "0.5,0.25", "--segment", "32,64", "--window", "0,32", "--cap", "0,48", "--kv-dtype", "f32,bf16",
+                     "--limit", 1, "--context", 200, "--from", 100)
+        keys = [(r["kv_dtype"], r["segment"], r["window"], r["cap"], r["ratio"]) for r in rows]
+        self.assertEqual(len(set(keys)), 32)
+        self.assertEqual(len(keys), 32)
+        for row in rows:
+            self.assertLess(row["kl"], 0.05)
+        by_key = dict(zip(keys, rows))
+        for key, row in by_key.items():  # three segments of 16 entries in 48: the cap is met, not passed, or it costs
+            if key[3] == 0 and key[1] == 64 and key[4] == 0.25:
+                self.assertEqual(by_key[key[:3] + (48,) + key[4:]]["kl"], row["kl"])
+        capped = by_key[("f32", 32, 0, 48, 0.5)]
+        self.assertLess(capped["kv_bytes_ratio"], by_key[("f32", 32, 0, 0, 0.5)]["kv_bytes_ratio"])
+
+    def test_the_schedule_does_not_matter(self):
+        one = [table("--ratio", 0.25, *SCHEDULE, "--limit", n)[0]["kl"] * n for n in (1, 2)]
+        self.assertGreater(one[1], one[0])
+        ids = numpy.load(IDS)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "many.npy")
+            numpy.save(path, numpy.tile(ids[:1], (9, 1)))  # nine of the same, side by side
+            self.assertAlmostEqual(table("--ratio", 0.25, *SCHEDULE, ids=path)[0]["kl"], one[0], delta=1e-12)
+
+    def test_bad_arguments(self):
+        def refused(*args, says):
+            done = atp("eval", "--model", MODEL, *args)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(says, done.stderr)
+        refused("--ids", IDS, "--ratio", "0.5,0", says="--ratio 0: expected more than 0 and at most 1")
+        refused("--ids", IDS, "--ratio", "1.5", says="--ratio 1.5")
+        refused("--ids", IDS, "--baseline", "best", says="none, recent, attention or unfitted")
+        refused("--ids", IDS, "--kv-dtype", "int3", says="kv_cache.dtype: int3")
+        refused("--ratio", "0.5", says="--text FILE or --ids FILE.npy")
 
     def test_failures(self):
         def fails(*args, says):
@@ -82,6 +156,8 @@ class Eval(unittest.TestCase):
         fails("--text", "/nonexistent.txt", says="/nonexistent.txt")
         fails("--ids", IDS, "--context", 513, says="512")
         fails("--ids", IDS, "--from", 511, says="nothing to judge")
+        fails("--ids", IDS, "--ratio", 0.5, "--segment", 100, says="atp.segment_tokens")
+        fails("--ids", IDS, "--budgets", "/nonexistent.json", says="/nonexistent.json")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "ids.npy")
             for array, says in ((numpy.zeros((2, 8)), "float"), (numpy.full((2, 8), 4096), "4096"),

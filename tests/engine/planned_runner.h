@@ -20,7 +20,8 @@ class PlannedRunner {
  public:
   static constexpr int kMaxRows = 256;
 
-  explicit PlannedRunner(const std::string& model_dir, const std::string& device = "cpu") {
+  explicit PlannedRunner(const std::string& model_dir, KvFormat format = KvFormat::kF32,
+                         const std::string& device = "cpu") {
     BackendOptions options;
     options.device = device;
     backend_ = MakeBackend(options).value();
@@ -33,6 +34,7 @@ class PlannedRunner {
     shape.layers = config().layers;
     shape.kv_heads = config().kv_heads;
     shape.head_dim = config().head_dim;
+    shape.format = format;
     shape.compressible = true;
     CompressionSettings smallest;  // so that plans of any bits can be tried
     smallest.bits = 4;

@@ -137,6 +137,16 @@ TEST(PrincipalModel, HeadsWithDifferentBudgetsStandSideBySide) {
   ExpectSameHoweverItIsCut(&runner, settings, tokens);
 }
 
+TEST(PrincipalModel, EntriesOfSixteenBitsAndTheReferenceBackend) {
+  const std::string model = std::string(ATP_SOURCE_DIR) + "/tests/golden/llama3_gqa2_bf16";
+  for (const std::string device : {"cpu", "reference"}) {
+    PlannedRunner runner(model, KvFormat::kBF16, device);
+    const std::vector<TokenId> tokens = RandomTokens(120, runner.config().vocab_size, 8);
+    ExpectSameHoweverItIsCut(&runner, Settings(0.25, 32, 16), tokens);
+    ExpectSameHoweverItIsCut(&runner, Settings(0.5, 32, 0, 20), tokens);
+  }
+}
+
 // Who keeps all keys keeps all logits: principal entries are then the tokens themselves.
 TEST(PrincipalModel, AllKeysKeptIsExactAttention) {
   PlannedRunner runner(std::string(ATP_SOURCE_DIR) + "/tests/golden/llama_mha_f32");
