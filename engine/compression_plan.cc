@@ -25,7 +25,8 @@ int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
 bool HasIntegers(const CompressionSettings& settings) {
   if (settings.head_bits.empty()) return settings.bits < 16;
-  return std::any_of(settings.head_bits.begin(), settings.head_bits.end(), [](int bits) { return bits < 16; });
+  return std::any_of(settings.head_bits.begin(), settings.head_bits.end(),
+                     [](int bits) { return bits < 16; });
 }
 
 }  // namespace
@@ -35,7 +36,8 @@ KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits) {
   return KvPage(format, block_tokens * (BitsOf(exact) / BitsOf(format)), head_dim, /*with_log_mass=*/true);
 }
 
-size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens, int head_dim) {
+size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
+                            int head_dim) {
   size_t bytes = PrincipalPage(exact, block_tokens, head_dim, 16).bytes();
   for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits)
     bytes = std::max(bytes, PrincipalPage(exact, block_tokens, head_dim, bits).bytes());
@@ -179,8 +181,9 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
   std::vector<int> bits = settings.head_bits;
   if (bits.empty()) bits.assign(heads, settings.bits);
   if (bits.size() != heads) {
-    return absl::InvalidArgumentError(absl::StrCat("atp.budgets: expected bits for each of ", heads, " kv heads of ",
-                                                   shape.layers, " layers, found ", bits.size()));
+    return absl::InvalidArgumentError(absl::StrCat("atp.budgets: expected bits for each of ", heads,
+                                                   " kv heads of ", shape.layers, " layers, found ",
+                                                   bits.size()));
   }
   for (const int b : bits) {
     if (b != 16 && b != 8 && b != 4)
@@ -190,7 +193,8 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
                           std::any_of(counts.begin(), counts.end(),
                                       [&](int32_t count) { return count < settings.segment_tokens; });
   if (!compresses) return std::shared_ptr<const CompressionPlan>();
-  return std::shared_ptr<const CompressionPlan>(new CompressionPlan(settings, shape, std::move(counts), bits));
+  return std::shared_ptr<const CompressionPlan>(
+      new CompressionPlan(settings, shape, std::move(counts), bits));
 }
 
 }  // namespace atp

@@ -49,15 +49,16 @@ struct CompressionShape {
   int head_dim = 0;
   int block_tokens = 16;
   KvFormat format = KvFormat::kF32;  // of exact entries
-  int query_blocks_per_head = 1;  // QueryPage::blocks_per_head()
+  int query_blocks_per_head = 1;     // QueryPage::blocks_per_head()
   int max_positions = 0;
 };
 
-// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as many more
-// entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
+// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
+// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
-size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens, int head_dim);
+size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
+                            int head_dim);
 
 class CompressionPlan {
  public:
@@ -92,8 +93,8 @@ class CompressionPlan {
   std::span<const int32_t> GroupBlocks(int segment) const { return Row(group_blocks_, segment); }
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
-  // How the principal entries of a head are laid out; lives as long as the plan. Blocks are of one size, so a page of
-  // smaller elements holds more entries.
+  // How the principal entries of a head are laid out; lives as long as the plan. Blocks are of one size, so a
+  // page of smaller elements holds more entries.
   const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
   std::span<const KvPage> pages() const { return pages_; }
   // Blocks of state `segment` in one head; 0 for segment -1, before the first.
