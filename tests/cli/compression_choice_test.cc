@@ -94,7 +94,7 @@ TEST_F(CompressionChoiceTest, ErrorsNameFileOrSetting) {
   config_.max_principal_keys = 64;
   EXPECT_THAT(Error(), HasSubstr("atp.max_principal_keys: 64 caps nothing"));
   config_.budgets = "auto";
-  WriteBudgets(R"({"ratio": [[0.5, 0.5], [0.5, 0.5]]})");
+  WriteBudgets(R"({"ratio": [[0.3, 0.3], [0.3, 0.3]]})");
   EXPECT_THAT(Error(), HasSubstr("sensitivity: missing"));
 }
 
