@@ -8,11 +8,11 @@
 
 namespace atp {
 
-double PresetRatio(const std::string& preset) {
-  if (preset == "quality") return 1.0 / 4;
-  if (preset == "balanced") return 1.0 / 8;
-  if (preset == "compact") return 1.0 / 16;
-  return 1;
+PresetBudget BudgetOf(const std::string& preset) {
+  if (preset == "quality") return {1.0 / 2, 8};
+  if (preset == "balanced") return {1.0 / 2, 4};
+  if (preset == "compact") return {1.0 / 4, 4};
+  return {};
 }
 
 std::string BudgetsFileOf(const std::string& model_dir) {
@@ -33,12 +33,15 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   choice.preset = config.preset;
   // Never by itself without budgets: uniform compression loses recall, and nobody is told.
   if (config.preset == "auto") choice.preset = choice.budgets_file.empty() ? "exact" : "balanced";
-  choice.ratio = PresetRatio(choice.preset);
+  PresetBudget budget = BudgetOf(choice.preset);
   if (config.ratio > 0) {
     choice.preset = "ratio";
-    choice.ratio = config.ratio;
+    budget = {config.ratio, 16};
   }
+  if (config.bits > 0) budget.bits = config.bits;
+  choice.ratio = budget.ratio;
   CompressionSettings& settings = choice.settings;
+  settings.bits = budget.bits;
   settings.ratio = choice.ratio;
   settings.segment_tokens = config.segment_tokens;
   settings.window_tokens = config.window_tokens;
@@ -58,7 +61,8 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
       LoadCompressionBudgets(choice.budgets_file, model.layers, model.kv_heads);
   if (!budgets.ok()) return budgets.status();
   absl::StatusOr<std::vector<double>> ratios =
-      RatiosForMean(*budgets, choice.ratio, settings.segment_tokens, block_tokens, choice.budgets_file);
+      RatiosForMean(*budgets, choice.ratio, settings.segment_tokens, block_tokens * (16 / settings.bits),
+                    choice.budgets_file);
   if (!ratios.ok()) return ratios.status();
   settings.head_ratio = *std::move(ratios);
   return choice;
@@ -71,6 +75,8 @@ CompressionShape CompressionShapeOf(const LlamaConfig& model, int block_tokens, 
   shape.layers = model.layers;
   shape.heads = model.heads;
   shape.kv_heads = model.kv_heads;
+  shape.head_dim = model.head_dim;
+  shape.format = format;
   shape.block_tokens = block_tokens;
   shape.query_blocks_per_head = QueryPage(page.bytes(), kPrincipalSamples, model.head_dim).blocks_per_head();
   shape.max_positions = max_positions;

@@ -23,12 +23,17 @@ struct CompressionChoice {
   // with the engine.
   int64_t peak_blocks = 0;
 
-  bool exact() const { return ratio == 1 && settings.max_principal_keys == 0; }
+  bool exact() const { return !Compresses(settings); }
 };
 
-// Entries per token of a preset ("quality" …). The entries are of the exact cache's element type, so this is
-// the share of its bytes, too.
-double PresetRatio(const std::string& preset);
+// What a preset ("quality" …) keeps: entries per token, and bits per element (16: as exact ones). Together
+// about 1/4, 1/8 or 1/16 of the bytes of an exact bf16 cache; of all pairs with those bytes the best one that
+// was measured.
+struct PresetBudget {
+  double ratio = 1;
+  int bits = 16;
+};
+PresetBudget BudgetOf(const std::string& preset);
 
 // Reads the budgets file where there is one. Errors name the setting or the file.
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,

@@ -34,6 +34,7 @@ struct EvalFlags {
   std::vector<int> segments;   // these and the next: empty: as set
   std::vector<int> windows;
   std::vector<int> caps;
+  std::vector<int> bits;
   std::vector<std::string> kv_dtypes;
   std::vector<std::string> baselines;
   std::string budgets_file;
@@ -51,6 +52,15 @@ struct EvalRow {
   Score score;
 };
 
+// Every ratio with every number of bits.
+std::vector<std::pair<std::optional<double>, int>> Pairs(const std::vector<std::optional<double>>& ratios,
+                                                         const std::vector<int>& bits) {
+  std::vector<std::pair<std::optional<double>, int>> pairs;
+  for (const std::optional<double>& ratio : ratios)
+    for (const int b : bits) pairs.emplace_back(ratio, b);
+  return pairs;
+}
+
 template <class T>
 std::vector<T> OrSet(const std::vector<T>& given, const T& set) {
   return given.empty() ? std::vector<T>{set} : given;
@@ -61,13 +71,14 @@ std::vector<T> OrSet(const std::vector<T>& given, const T& set) {
 double KvBytesRatio(const CompressionPlan& plan, const LlamaConfig& model, KvFormat format, int context) {
   const int block_tokens = plan.block_tokens();
   const KvPage exact(format, block_tokens, model.head_dim, false);
-  const KvPage principal(format, block_tokens, model.head_dim, true);
   const int last = std::max(0, context / plan.segment_tokens() - 1);
-  int64_t blocks = 0;
-  for (int k = plan.StateBegin(last); k <= last; ++k) blocks += plan.TotalGroupBlocks(k);
+  double bytes = 0;
+  for (int k = plan.StateBegin(last); k <= last; ++k) {
+    for (int head = 0; head < model.layers * model.kv_heads; ++head)
+      bytes += static_cast<double>(plan.GroupBlocks(k)[head]) * static_cast<double>(plan.Page(head)->bytes());
+  }
   const int64_t exact_blocks = int64_t{last + 1} * plan.blocks_per_segment() * model.layers * model.kv_heads;
-  return static_cast<double>(blocks) * static_cast<double>(principal.bytes()) /
-         (static_cast<double>(exact_blocks) * static_cast<double>(exact.bytes()));
+  return bytes / (static_cast<double>(exact_blocks) * static_cast<double>(exact.bytes()));
 }
 
 // Ratios by hand, or the file's own, or shared by the file for the given mean.
@@ -75,7 +86,7 @@ absl::Status SetRatio(const std::optional<CompressionBudgets>& budgets, const Ev
                       std::optional<double> ratio, int block_tokens, EvalRow* row) {
   row->ratio = ratio ? *ratio : budgets ? budgets->MeanRatio() : 1;
   row->settings.ratio = row->ratio;
-  if (!budgets || row->ratio == 1) return absl::OkStatus();
+  if (!budgets || row->ratio == 1) return absl::OkStatus();  // every head keeps all its keys
   if (!ratio) {
     row->settings.head_ratio = budgets->ratio;
     return absl::OkStatus();
@@ -106,8 +117,9 @@ absl::StatusOr<std::vector<EvalRow>> MakeRows(const EvalFlags& flags, const Conf
   for (const int segment : OrSet(flags.segments, config.atp.segment_tokens)) {
     for (const int window : OrSet(flags.windows, config.atp.window_tokens)) {
       for (const int cap : OrSet(flags.caps, config.atp.max_principal_keys)) {
-        for (const std::optional<double>& ratio : ratios) {
+        for (const auto& [ratio, bits] : Pairs(ratios, OrSet(flags.bits, 16))) {
           EvalRow row;
+          row.settings.bits = bits;
           row.kv_dtype = std::string(Name(loaded.kv_format));
           row.settings.segment_tokens = segment;
           row.settings.window_tokens = window;
@@ -160,6 +172,8 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   for (size_t i = 0; i < rows->size(); ++i) {
     if ((*rows)[i].plan == nullptr) continue;
     shape.compressible = true;
+    shape.block_bytes = std::max(shape.block_bytes, CompressedBlockBytes((*rows)[i].settings, shape.format,
+                                                                         shape.block_tokens, shape.head_dim));
     const Baseline method = (*rows)[i].method;
     cases.push_back({(*rows)[i].plan, [backend, method] { backend->set_baseline(method); }});
     case_rows.push_back(i);
@@ -195,6 +209,7 @@ ordered_json Json(const EvalRow& row) {
           {"segment", exact ? 0 : row.settings.segment_tokens},
           {"window", exact ? 0 : row.settings.window_tokens},
           {"cap", exact ? 0 : row.settings.max_principal_keys},
+          {"bits", exact ? 16 : row.settings.bits},
           {"kv_bytes_ratio", row.kv_bytes_ratio},
           {"kv_held_ratio",
            static_cast<double>(row.score.held_bytes) / static_cast<double>(row.score.exact_bytes)},
@@ -208,18 +223,20 @@ ordered_json Json(const EvalRow& row) {
 
 void PrintTable(const std::vector<EvalRow>& rows) {
   std::printf(
-      "method     kv    ratio    segment  window  cap   kv_bytes  held    cross_entropy  perplexity  kl      "
+      "method     kv    bits  ratio    segment  window  cap   kv_bytes  held    cross_entropy  perplexity  "
+      "kl      "
       "  "
       "agreement  accuracy  tokens\n");
   for (const EvalRow& row : rows) {
     const ordered_json j = Json(row);
     std::printf(
-        "%-9s  %-4s  %-7.4g  %-7d  %-6d  %-4d  %-8.4f  %-6.4f  %-13.4f  %-10.4f  %-8.2e  %-9.4f  %-8.4f  "
+        "%-9s  %-4s  %-4d  %-7.4g  %-7d  %-6d  %-4d  %-8.4f  %-6.4f  %-13.4f  %-10.4f  %-8.2e  %-9.4f  "
+        "%-8.4f  "
         "%lld\n",
-        Method(row).c_str(), row.kv_dtype.c_str(), row.ratio, j["segment"].get<int>(), j["window"].get<int>(),
-        j["cap"].get<int>(), row.kv_bytes_ratio, j["kv_held_ratio"].get<double>(), row.score.CrossEntropy(),
-        std::exp(row.score.CrossEntropy()), row.score.Kl(), j["agreement"].get<double>(),
-        j["accuracy"].get<double>(), static_cast<long long>(row.score.tokens));
+        Method(row).c_str(), row.kv_dtype.c_str(), j["bits"].get<int>(), row.ratio, j["segment"].get<int>(),
+        j["window"].get<int>(), j["cap"].get<int>(), row.kv_bytes_ratio, j["kv_held_ratio"].get<double>(),
+        row.score.CrossEntropy(), std::exp(row.score.CrossEntropy()), row.score.Kl(),
+        j["agreement"].get<double>(), j["accuracy"].get<double>(), static_cast<long long>(row.score.tokens));
   }
 }
 
@@ -292,6 +309,7 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
   list("--window", &flags->windows, "newest tokens that stay exact (default: atp.window_tokens)");
   list("--cap", &flags->caps,
        "most principal entries per kv head, 0: no cap (default: atp.max_principal_keys)");
+  list("--bits", &flags->bits, "per element of principal entries: 16 (as exact ones), 8 or 4 (default: 16)");
   list("--kv-dtype", &flags->kv_dtypes,
        "element type of the cache: auto, f32, bf16 (default: kv_cache.dtype)");
   list("--baseline", &flags->baselines,

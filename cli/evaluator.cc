@@ -216,8 +216,10 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
   const int tokens = static_cast<int>(longest);
   const int parallel = ParallelSequences(sequences.size(), tokens);
   const KvPage page(shape.format, shape.block_tokens, shape.head_dim, shape.compressible);
-  absl::StatusOr<KvCache> kv_cache = KvCache::Create(
-      backend, shape, static_cast<size_t>(parallel * BlocksPerSequence(shape, tokens, cases)) * page.bytes());
+  absl::StatusOr<KvCache> kv_cache =
+      KvCache::Create(backend, shape,
+                      static_cast<size_t>(parallel * BlocksPerSequence(shape, tokens, cases)) *
+                          std::max(page.bytes(), shape.block_bytes));
   if (!kv_cache.ok()) return kv_cache.status();
 
   const int64_t reference_bytes =

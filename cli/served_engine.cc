@@ -78,10 +78,14 @@ KvCache::Shape KvShapeOf(const Config& config, const LoadedModel& loaded) {
 size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens) {
   const LlamaConfig& llama = loaded.model->config();
   const int64_t peak = loaded.compression.peak_blocks;
-  const KvPage page(loaded.kv_format, config.block_tokens, llama.head_dim, /*with_log_mass=*/peak > 0);
+  const size_t block_bytes =
+      peak > 0
+          ? CompressedBlockBytes(loaded.compression.settings, loaded.kv_format, config.block_tokens,
+                                 llama.head_dim)
+          : KvPage(loaded.kv_format, config.block_tokens, llama.head_dim, /*with_log_mass=*/false).bytes();
   const int64_t blocks_per_head = (tokens + config.block_tokens - 1) / config.block_tokens;
   const int64_t exact = blocks_per_head * llama.layers * llama.kv_heads;
-  return static_cast<size_t>(sequences * std::max(exact, peak)) * page.bytes();
+  return static_cast<size_t>(sequences * std::max(exact, peak)) * block_bytes;
 }
 
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
@@ -157,17 +161,17 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
   if (engine.plan() == nullptr) {
     spdlog::info(
         "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --ratio {:g}\"",
-        engine.kv_cache().token_capacity(), model_dir, PresetRatio("balanced"));
+        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").ratio);
     return;
   }
   const CompressionSettings& settings = choice.settings;
   spdlog::info(
-      "atp={} ratio={:g} budgets={} segment_tokens={} window_tokens={} max_principal_keys={} "
+      "atp={} ratio={:g} bits={} budgets={} segment_tokens={} window_tokens={} max_principal_keys={} "
       "kv_tokens_exact={} "
       "kv_tokens_compressed={} context_tokens={}",
-      choice.preset, choice.ratio, choice.budgets_file.empty() ? "uniform" : choice.budgets_file,
-      settings.segment_tokens, settings.window_tokens, settings.max_principal_keys,
-      engine.kv_cache().token_capacity(),
+      choice.preset, choice.ratio, settings.bits,
+      choice.budgets_file.empty() ? "uniform" : choice.budgets_file, settings.segment_tokens,
+      settings.window_tokens, settings.max_principal_keys, engine.kv_cache().token_capacity(),
       CompressedTokens(engine, choice.peak_blocks, loaded.max_context_tokens), loaded.max_context_tokens);
   if (choice.budgets_file.empty()) {
     spdlog::warn(

@@ -47,6 +47,9 @@ void CheckAtp(const Config& config, std::string* problems) {
     absl::StrAppend(problems, "atp.max_principal_keys: ", atp.max_principal_keys, " is less than ",
                     atp.sink_tokens, " (atp.sink_tokens); 0 is no cap\n");
   }
+  if (atp.bits != 0 && atp.bits != 16 && atp.bits != 8 && atp.bits != 4) {
+    absl::StrAppend(problems, "atp.bits: ", atp.bits, " is not 0, 16, 8 or 4\n");
+  }
   if (atp.preset != "exact") return;
   if (atp.ratio > 0 && atp.ratio < 1) {
     absl::StrAppend(problems, "atp.ratio: ", atp.ratio,

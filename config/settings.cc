@@ -99,14 +99,21 @@ std::vector<Setting> MakeTable() {
       {.key = "atp.preset",
        .member = ATP_MEMBER(String, atp.preset),
        .meaning =
-           "how far the KV cache is compressed: exact 1, quality 1/4, balanced 1/8, compact 1/16 entries "
-           "per token; auto: balanced where a budgets file lies beside the model, else exact",
+           "how far the KV cache is compressed, as a share of an exact bf16 cache: exact, quality about 1/4 "
+           "(half the entries, 8 bits), balanced 1/8 (half, 4 bits), compact 1/16 (a quarter, 4 bits); auto: "
+           "balanced where a budgets file lies beside the model, else exact",
        .choices = {"auto", "exact", "quality", "balanced", "compact"}},
       {.key = "atp.ratio",
        .member = ATP_MEMBER(double, atp.ratio),
        .meaning =
            "principal entries per token of a compressed segment, the mean over kv heads; 0: the preset's",
        .max = 1},
+      {.key = "atp.bits",
+       .member = ATP_MEMBER(int, atp.bits),
+       .meaning =
+           "bits per element of principal entries: 16 (as exact ones), 8 or 4; 0: the preset's, 16 where "
+           "atp.ratio is set",
+       .max = 16},
       {.key = "atp.segment_tokens",
        .member = ATP_MEMBER(int, atp.segment_tokens),
        .meaning = "tokens that are compressed together; whole blocks of kv_cache.block_tokens",
@@ -131,9 +138,6 @@ std::vector<Setting> MakeTable() {
        .meaning =
            "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
            "where it is), uniform, or a file"},
-      {.key = "atp.allow_override",
-       .member = ATP_MEMBER(bool, atp.allow_override),
-       .meaning = "whether a request may choose another preset or ratio"},
 
       {.key = "server.host",
        .member = ATP_MEMBER(String, server.host),

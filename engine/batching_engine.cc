@@ -53,12 +53,18 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* 
   shape.block_tokens = options.block_tokens;
   shape.format = options.kv_format;
   shape.compressible = Compresses(options.compression);
+  if (shape.compressible) {
+    shape.block_bytes =
+        CompressedBlockBytes(options.compression, shape.format, shape.block_tokens, shape.head_dim);
+  }
   absl::StatusOr<KvCache> kv_cache = KvCache::Create(backend, shape, options.kv_memory_bytes);
   if (!kv_cache.ok()) return kv_cache.status();
   CompressionShape compression;
   compression.layers = config.layers;
   compression.heads = config.heads;
   compression.kv_heads = config.kv_heads;
+  compression.head_dim = config.head_dim;
+  compression.format = options.kv_format;
   compression.block_tokens = options.block_tokens;
   compression.query_blocks_per_head = kv_cache->query_page().blocks_per_head();
   compression.max_positions = MaxPositions(config);

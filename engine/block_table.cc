@@ -36,14 +36,15 @@ void BlockTable::AppendPrincipal(std::span<const BlockId> ids, std::span<const i
   ABSL_ASSERT(next == ids.end());
 }
 
-void BlockTable::ShowPrincipal(std::span<const int32_t> blocks, int block_entries) {
-  for (size_t i = 0; i < blocks.size(); ++i) heads_[i].principal_entries += blocks[i] * block_entries;
+void BlockTable::ShowPrincipal(std::span<const int32_t> blocks) {
+  for (size_t i = 0; i < blocks.size(); ++i)
+    heads_[i].principal_entries += blocks[i] * heads_[i].principal_page->entries();
 }
 
-void BlockTable::DropPrincipal(std::span<const int32_t> blocks, int block_entries) {
+void BlockTable::DropPrincipal(std::span<const int32_t> blocks) {
   for (size_t i = 0; i < blocks.size(); ++i) {
     principal_[i].erase(principal_[i].begin(), principal_[i].begin() + blocks[i]);
-    heads_[i].principal_entries -= blocks[i] * block_entries;
+    heads_[i].principal_entries -= blocks[i] * heads_[i].principal_page->entries();
     ABSL_ASSERT(heads_[i].principal_entries >= 0);
   }
 }

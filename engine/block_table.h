@@ -30,8 +30,10 @@ class BlockTable {
   // still in the window), seen later, and dropped when a later one has replaced it; each from the front.
   // blocks: [layers * kv_heads], of the group in each head; ids: their sum, layer-major.
   void AppendPrincipal(std::span<const BlockId> ids, std::span<const int32_t> blocks);
-  void ShowPrincipal(std::span<const int32_t> blocks, int block_entries);
-  void DropPrincipal(std::span<const int32_t> blocks, int block_entries);
+  void ShowPrincipal(std::span<const int32_t> blocks);
+  void DropPrincipal(std::span<const int32_t> blocks);
+  // How the blocks of one head's principal entries are laid out, before the first of them; outlives the table.
+  void SetPrincipalPage(int head, const KvPage* page) { heads_[head].principal_page = page; }
 
   // Where the open segment's queries are kept. ids: [layers][blocks per layer]; empty: nowhere.
   void SetQueries(std::span<const BlockId> ids) { queries_.assign(ids.begin(), ids.end()); }

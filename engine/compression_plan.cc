@@ -23,22 +23,49 @@ constexpr uint64_t kFormatVersion = 1;
 
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
+bool HasIntegers(const CompressionSettings& settings) {
+  if (settings.head_bits.empty()) return settings.bits < 16;
+  return std::any_of(settings.head_bits.begin(), settings.head_bits.end(),
+                     [](int bits) { return bits < 16; });
+}
+
 }  // namespace
+
+KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits) {
+  const KvFormat format = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
+  return KvPage(format, block_tokens * (BitsOf(exact) / BitsOf(format)), head_dim, /*with_log_mass=*/true);
+}
+
+size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
+                            int head_dim) {
+  size_t bytes = PrincipalPage(exact, block_tokens, head_dim, 16).bytes();
+  for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits)
+    bytes = std::max(bytes, PrincipalPage(exact, block_tokens, head_dim, bits).bytes());
+  return bytes;
+}
 
 bool Compresses(const CompressionSettings& settings) {
   const std::vector<double>& heads = settings.head_ratio;
-  return settings.max_principal_keys != 0 ||
+  return settings.max_principal_keys != 0 || HasIntegers(settings) ||
          (heads.empty() ? settings.ratio != 1
                         : std::any_of(heads.begin(), heads.end(), [](double ratio) { return ratio != 1; }));
 }
 
 CompressionPlan::CompressionPlan(const CompressionSettings& settings, const CompressionShape& shape,
-                                 std::vector<int32_t> counts)
+                                 std::vector<int32_t> counts, const std::vector<int>& bits)
     : settings_(settings),
       shape_(shape),
       counts_(std::move(counts)),
       samples_(std::min(kPrincipalSamples, settings.segment_tokens)),
       first_replacing_(std::numeric_limits<int>::max()) {
+  std::vector<int> page_bits;
+  for (const int b : bits) {
+    const auto known = std::find(page_bits.begin(), page_bits.end(), b);
+    head_page_.push_back(static_cast<int>(known - page_bits.begin()));
+    if (known != page_bits.end()) continue;
+    page_bits.push_back(b);
+    pages_.push_back(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, b));
+  }
   // The first segment k with (k + 1) · count > cap in some head.
   const int largest = *std::max_element(counts_.begin(), counts_.end());
   if (settings.max_principal_keys > 0) first_replacing_ = settings.max_principal_keys / largest;
@@ -57,11 +84,12 @@ void CompressionPlan::AddLevel(int segment) {
   const bool replaces = segment >= first_replacing_ && total_group_blocks_.size() > 0;
   int blocks = 0;
   int64_t entries = 0;
-  for (const int32_t count : counts_) {
+  for (size_t head = 0; head < counts_.size(); ++head) {
+    const int32_t count = counts_[head];
     const int32_t group =
         replaces ? std::min<int32_t>(settings_.max_principal_keys, (segment + 1) * count) : count;
     group_entries_.push_back(group);
-    group_blocks_.push_back(CeilDiv(group, shape_.block_tokens));
+    group_blocks_.push_back(CeilDiv(group, Page(static_cast<int>(head))->entries()));
     entries += group;
     blocks += group_blocks_.back();
   }
@@ -78,6 +106,7 @@ uint64_t CompressionPlan::Hash() const {
   add(settings_.max_principal_keys);
   add(samples_);
   for (const int32_t count : counts_) add(count);
+  for (const int page : head_page_) add(static_cast<int64_t>(pages_[page].format()));
   return hash != 0 ? hash : 1;
 }
 
@@ -149,11 +178,23 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
     counts.push_back(std::clamp(static_cast<int>(std::lround(ratio * settings.segment_tokens)), least,
                                 settings.segment_tokens));
   }
-  const bool compresses = settings.max_principal_keys > 0 ||
+  std::vector<int> bits = settings.head_bits;
+  if (bits.empty()) bits.assign(heads, settings.bits);
+  if (bits.size() != heads) {
+    return absl::InvalidArgumentError(absl::StrCat("atp.budgets: expected bits for each of ", heads,
+                                                   " kv heads of ", shape.layers, " layers, found ",
+                                                   bits.size()));
+  }
+  for (const int b : bits) {
+    if (b != 16 && b != 8 && b != 4)
+      return absl::InvalidArgumentError(absl::StrCat("atp.bits: expected 16, 8 or 4, found ", b));
+  }
+  const bool compresses = settings.max_principal_keys > 0 || HasIntegers(settings) ||
                           std::any_of(counts.begin(), counts.end(),
                                       [&](int32_t count) { return count < settings.segment_tokens; });
   if (!compresses) return std::shared_ptr<const CompressionPlan>();
-  return std::shared_ptr<const CompressionPlan>(new CompressionPlan(settings, shape, std::move(counts)));
+  return std::shared_ptr<const CompressionPlan>(
+      new CompressionPlan(settings, shape, std::move(counts), bits));
 }
 
 }  // namespace atp

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/kv_page.h"
 
 namespace atp {
 
@@ -29,6 +30,8 @@ inline constexpr int kPrincipalHorizon = 1024;
 struct CompressionSettings {
   double ratio = 1.0;              // principal entries per token of a closed segment, (0, 1]
   std::vector<double> head_ratio;  // [layers * kv_heads], layer-major, instead of `ratio`; empty: uniform
+  int bits = 16;                   // per element of principal entries: 16 = as exact ones, 8 or 4
+  std::vector<int> head_bits;      // [layers * kv_heads] instead of `bits`; empty: uniform
   int segment_tokens = 256;        // a multiple of the block size
   int window_tokens = 256;         // newest tokens that stay exact; a multiple of the block size, 0 too
   int sink_tokens = 4;             // first tokens that every fit keeps
@@ -43,10 +46,19 @@ struct CompressionShape {
   int layers = 0;
   int heads = 0;
   int kv_heads = 0;
+  int head_dim = 0;
   int block_tokens = 16;
-  int query_blocks_per_head = 1;  // QueryPage::blocks_per_head()
+  KvFormat format = KvFormat::kF32;  // of exact entries
+  int query_blocks_per_head = 1;     // QueryPage::blocks_per_head()
   int max_positions = 0;
 };
+
+// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
+// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
+KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
+// Bytes of a block that holds any page of a plan with these settings, and the exact one.
+size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
+                            int head_dim);
 
 class CompressionPlan {
  public:
@@ -81,6 +93,10 @@ class CompressionPlan {
   std::span<const int32_t> GroupBlocks(int segment) const { return Row(group_blocks_, segment); }
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
+  // How the principal entries of a head are laid out; lives as long as the plan. Blocks are of one size, so a
+  // page of smaller elements holds more entries.
+  const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
+  std::span<const KvPage> pages() const { return pages_; }
   // Blocks of state `segment` in one head; 0 for segment -1, before the first.
   int StateBlocks(int segment, int head) const {
     if (segment < 0) return 0;
@@ -116,7 +132,7 @@ class CompressionPlan {
   friend absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
       const CompressionSettings&, const CompressionShape&);
   CompressionPlan(const CompressionSettings& settings, const CompressionShape& shape,
-                  std::vector<int32_t> counts);
+                  std::vector<int32_t> counts, const std::vector<int>& bits);
 
   // Groups are all alike, until replacing ones grow head by head to the cap; then they are alike again.
   size_t Level(int segment) const {
@@ -132,6 +148,8 @@ class CompressionPlan {
   CompressionSettings settings_;
   CompressionShape shape_;
   std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
+  std::vector<KvPage> pages_;    // of the formats in use
+  std::vector<int> head_page_;   // [heads], index into pages_
   int samples_;
   int first_replacing_;                  // segment; beyond every position without a cap
   std::vector<int32_t> group_entries_;   // [levels, heads]

@@ -104,9 +104,13 @@ absl::StatusOr<KvCache> KvCache::Create(Backend* backend, const Shape& shape, si
 KvCache::KvCache(const Shape& shape)
     : shape_(shape),
       page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false),
-      principal_page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/true),
-      block_bytes_(shape.compressible ? std::max(page_.bytes(), principal_page_.bytes()) : page_.bytes()),
-      query_page_(block_bytes_, kPrincipalSamples, shape.head_dim) {}
+      block_bytes_(page_.bytes()),
+      query_page_(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16).bytes(), kPrincipalSamples,
+                  shape.head_dim) {
+  if (!shape.compressible) return;
+  const KvPage principal = PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16);
+  block_bytes_ = std::max({block_bytes_, principal.bytes(), shape.block_bytes});
+}
 
 size_t AvailableMemoryBytes(const std::string& root) {
   size_t available = std::numeric_limits<size_t>::max();

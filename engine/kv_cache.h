@@ -21,6 +21,7 @@ class KvCache {
     int block_tokens = 16;  // a multiple of 16
     KvFormat format = KvFormat::kF32;
     bool compressible = false;  // some sequences may hold principal entries
+    size_t block_bytes = 0;     // at least; what the pages of principal entries need (CompressedBlockBytes)
 
     int heads_total() const { return layers * kv_heads; }  // blocks per block_tokens exact tokens
   };
@@ -35,9 +36,7 @@ class KvCache {
   size_t block_bytes() const { return block_bytes_; }
   // Exact tokens that the whole pool holds.
   int64_t token_capacity() const { return num_blocks_ / shape_.heads_total() * shape_.block_tokens; }
-  KvPool pool() const {
-    return {memory_.data(), block_bytes_, &page_, shape_.compressible ? &principal_page_ : nullptr};
-  }
+  KvPool pool() const { return {memory_.data(), block_bytes_, &page_}; }
   // How the queries of a segment that will be compressed are kept until it closes.
   const QueryPage& query_page() const { return query_page_; }
 
@@ -46,7 +45,6 @@ class KvCache {
 
   Shape shape_;
   KvPage page_;
-  KvPage principal_page_;
   size_t block_bytes_;
   QueryPage query_page_;
   Buffer memory_;

@@ -48,7 +48,7 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
     if (entry.plan == nullptr) continue;
     const int segment = entry.plan->segment_tokens();
     const int first = batch.positions[entry.first_row];
-    Check(kv_cache.pool().principal != nullptr, "a cache for principal entries");
+    Check(kv_cache.shape().compressible, "a cache for principal entries");
     Check(first % segment + entry.rows <= segment, "rows of one segment");
     Check(entry.closes_segment == ((first + entry.rows) % segment == 0), "a whole segment closes");
     Check(entry.table->queries().size() == static_cast<size_t>(entry.plan->query_blocks()),

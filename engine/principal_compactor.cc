@@ -56,10 +56,11 @@ std::span<const PrincipalFitJob> PrincipalCompactor::Jobs(int layer) {
       const std::span<const BlockId> principal = table.principal(head);
       job.out = principal.data() + principal.size() - blocks;
       job.count = plan.GroupEntries(c.segment)[head];
+      job.page = plan.Page(head);
       if (plan.Replaces(c.segment)) {
         const int state = plan.StateBlocks(c.segment - 1, head);
         job.principal = job.out - state;
-        job.principal_entries = state * plan.block_tokens();
+        job.principal_entries = state * plan.Page(head)->entries();
       }
       // The segment's tokens are the last ones that its sequence holds.
       const int before = c.entry->exact_entries - plan.segment_tokens();

@@ -238,7 +238,11 @@ bool Scheduler::TryAdmit(Waiting::iterator position) {
     if (options_.prefix_cache && !s->scores_prompt()) prefix_queries_tokens_ += s->prompt_tokens();
     s->generated_.reserve(s->max_new_tokens_);
   }
-  if (s->table_ == nullptr) s->table_ = std::make_unique<BlockTable>(options_.layers, options_.kv_heads);
+  if (s->table_ == nullptr) {
+    s->table_ = std::make_unique<BlockTable>(options_.layers, options_.kv_heads);
+    for (int head = 0; s->plan() != nullptr && head < group_blocks(); ++head)
+      s->table_->SetPrincipalPage(head, s->plan()->Page(head));
+  }
   cache_.Acquire(match, &s->groups_, &s->principal_);
   s->exact_entries_ = (match.blocks - match.first_block) * options_.block_tokens;
   s->first_principal_ = match.first_segment;

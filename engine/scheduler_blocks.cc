@@ -90,10 +90,10 @@ void Scheduler::AdvanceWindow(Sequence* s) {
   s->table_->DropExact(blocks);
   s->exact_entries_ -= segments * plan.segment_tokens();
   for (; s->visible_segments_ < visible; ++s->visible_segments_)
-    s->table_->ShowPrincipal(plan.GroupBlocks(s->visible_segments_), options_.block_tokens);
+    s->table_->ShowPrincipal(plan.GroupBlocks(s->visible_segments_));
   const int first = plan.StateBegin(visible - 1);
   for (; s->first_principal_ < first; ++s->first_principal_) {
-    s->table_->DropPrincipal(plan.GroupBlocks(s->first_principal_), options_.block_tokens);
+    s->table_->DropPrincipal(plan.GroupBlocks(s->first_principal_));
     s->principal_.erase(s->principal_.begin());
   }
 }
@@ -140,7 +140,7 @@ void Scheduler::RebuildTable(Sequence* s) {
     const int segment = s->first_principal_ + static_cast<int>(i);
     const std::span<const int32_t> blocks = s->plan_->GroupBlocks(segment);
     s->table_->AppendPrincipal(s->principal_[i].ids(), blocks);
-    if (segment < s->visible_segments_) s->table_->ShowPrincipal(blocks, options_.block_tokens);
+    if (segment < s->visible_segments_) s->table_->ShowPrincipal(blocks);
   }
 }
 

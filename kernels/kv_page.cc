@@ -103,7 +103,7 @@ std::optional<KvFormat> KvFormatFromName(std::string_view name) {
 
 KvPage::KvPage(KvFormat format, int entries, int head_dim, bool with_log_mass)
     : format_(format), entries_(entries), head_dim_(head_dim), with_log_mass_(with_log_mass) {
-  ABSL_ASSERT(entries > 0 && entries % 16 == 0);
+  ABSL_ASSERT(entries > 0);
   ABSL_ASSERT(head_dim > 0 && (format != KvFormat::kInt4 || head_dim % 2 == 0));
   const size_t count = static_cast<size_t>(entries);
   const size_t matrix_bytes = count * static_cast<size_t>(head_dim) * static_cast<size_t>(BitsOf(format)) / 8;

@@ -33,7 +33,7 @@ std::optional<KvFormat> KvFormatFromName(std::string_view name);
 
 class KvPage {
  public:
-  // entries: a positive multiple of 16. head_dim: positive.
+  // entries: positive; backends need a multiple of 16. head_dim: positive.
   KvPage(KvFormat format, int entries, int head_dim, bool with_log_mass);
 
   KvFormat format() const { return format_; }

@@ -69,7 +69,7 @@ struct KvHeadBlocks {
   const BlockId* principal =
       nullptr;  // [ceil(principal_entries / principal page entries)], all visible to every row
   int32_t principal_entries = 0;           // differs from head to head
-  const KvPage* principal_page = nullptr;  // so does the format; null: KvPool::principal
+  const KvPage* principal_page = nullptr;  // so does the format; null where there are none
 };
 
 // One sequence's part of the step's batch, in one layer. `exact_entries` counts this step's tokens too, whose
@@ -88,7 +88,6 @@ struct KvPool {
   std::byte* data = nullptr;  // pool; block b starts at data + b * block_bytes
   size_t block_bytes = 0;
   const KvPage* exact = nullptr;
-  const KvPage* principal = nullptr;  // of heads that name no other; null while nothing is compressed
 };
 
 // Writes keys and values of the step's tokens into the exact blocks of their sequences.
@@ -143,7 +142,7 @@ struct PrincipalFitJob {
   int32_t forced = 0;                  // first entries that are always kept (attention sinks)
   int32_t count = 0;
   const BlockId* out = nullptr;  // [ceil(count / page entries)]; the last block is padded
-  const KvPage* page = nullptr;  // of `principal` and `out`; null: KvPool::principal
+  const KvPage* page = nullptr;  // of `principal` and `out`
 };
 
 struct PrincipalFitReport {

@@ -8,14 +8,6 @@
 #include "kernels/dtype.h"
 
 namespace atp {
-namespace {
-
-const KvPage& PageOf(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) {
-  return job.page != nullptr ? *job.page : *args.pool.principal;
-}
-
-}  // namespace
-
 void StoreQuerySample(const StoreQueriesArgs& args, const QuerySampleRow& row) {
   const QueryPage& page = *args.page;
   const int per_head = page.blocks_per_head();
@@ -76,7 +68,7 @@ void PrincipalSegment::GatherQueries(const FitPrincipalKeysArgs& args, const Pri
 void PrincipalSegment::Gather(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) {
   keys_.clear(), values_.clear(), log_mass_.clear();
   if (job.principal_entries > 0) {
-    GatherEntries(args.pool, PageOf(args, job), job.principal, job.principal_entries);
+    GatherEntries(args.pool, *job.page, job.principal, job.principal_entries);
   }
   GatherEntries(args.pool, *args.pool.exact, job.exact, job.exact_entries);
   GatherQueries(args, job);
@@ -96,7 +88,7 @@ void PrincipalSegment::Gather(const FitPrincipalKeysArgs& args, const PrincipalF
 }
 
 void PrincipalSegment::Scatter(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) const {
-  const KvPage& page = PageOf(args, job);
+  const KvPage& page = *job.page;
   const size_t d = static_cast<size_t>(page.head_dim());
   const int r = static_cast<int>(fitted_log_mass_.size());
   const std::vector<float> nothing(d, 0.0f);

@@ -355,7 +355,7 @@ HWY_INLINE void AttendUnpacked(const KvPool& pool, const KvPage& page, const KvH
 void AttendPrincipalOf(const AttentionArgs& args, const KvHeadBlocks& head, const AttentionState& state,
                        int queries) {
   if (head.principal_entries == 0) return;
-  const KvPage& page = head.principal_page != nullptr ? *head.principal_page : *args.pool.principal;
+  const KvPage& page = *head.principal_page;
   switch (page.format()) {
     case KvFormat::kF32:
       return AttendPrincipal<float>(args.pool, page, head, state, queries);

@@ -87,7 +87,7 @@ void MeasureAttention(Backend& backend, Report& report, KvFormat format, int seq
   }
   const std::vector<float> query = Normals(static_cast<size_t>(sequences) * rows * heads * head_dim);
   std::vector<float> out(query.size());
-  const KvPool kv{pool.data(), page.bytes(), &page, nullptr};
+  const KvPool kv{pool.data(), page.bytes(), &page};
   const double visible = static_cast<double>(rows) * context - rows * (rows - 1) / 2.0;
   report.Measure("attention " + std::string(Name(format)) + " sequences " + std::to_string(sequences) +
                      " rows " + std::to_string(rows) + " context " + std::to_string(context),

@@ -79,7 +79,7 @@ class Context {
       backend_->Attention({query_.data(),
                            out_.data(),
                            sequences_,
-                           {pool_.data(), block_bytes_, &exact_page_, nullptr},
+                           {pool_.data(), block_bytes_, &exact_page_},
                            kHeads,
                            kKvHeads,
                            1 / std::sqrt(float{kDim})});

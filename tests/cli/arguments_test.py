@@ -49,7 +49,7 @@ class BadArguments(unittest.TestCase):
         self.assertIn(says, done.stderr, args)
 
     def test_commands(self):
-        self.check(says="serve, generate, eval or bench")
+        self.check(says="serve, generate, eval, calibrate or bench")
         self.check("sreve", says="sreve")
         self.check("serve", "--bogus", says="--bogus")
         self.check("serve", "extra", says="extra")
@@ -67,7 +67,7 @@ class BadArguments(unittest.TestCase):
         self.check("generate", "--max-tokens", "0", says="--max-tokens")
         self.check("eval", says="--text")
         self.check("eval", "--text", "a", "--ids", "b", says="either")
-        self.check("eval", "--ids", "x.npy", "--ratio", "1,0.5", says="--ratio 0.5")
+        self.check("eval", "--ids", "x.npy", "--ratio", "1,1.5", says="--ratio 1.5")
         self.check("bench", "prefill", "--ratio", "0.5", says="--ratio 0.5")
         self.check("bench", "prefill", "--batch", "0", says="--batch")
 

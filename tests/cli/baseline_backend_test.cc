@@ -89,11 +89,12 @@ TEST(BaselineBackend, WritesWhatItChose) {
   job.forced = 1;
   job.count = kCount;
   job.out = &out_block;
+  job.page = &principal;
   PrincipalFitReport report;
   FitPrincipalKeysArgs args;
   args.jobs = {&job, 1};
   args.reports = {&report, 1};
-  args.pool = {memory->data(), block_bytes, &exact, &principal};
+  args.pool = {memory->data(), block_bytes, &exact};
   args.query_page = &queries;
   args.inverse_frequency = &inverse_frequency;
   backend.set_baseline(Baseline::kRecent);

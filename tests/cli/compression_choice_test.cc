@@ -43,23 +43,25 @@ TEST_F(CompressionChoiceTest, BalancedWithAFile) {
   const auto choice = Choose();
   ASSERT_TRUE(choice.ok()) << choice.status();
   EXPECT_EQ(choice->preset, "balanced");
-  EXPECT_EQ(choice->ratio, 0.125);
+  EXPECT_EQ(choice->ratio, 0.5);
+  EXPECT_EQ(choice->settings.bits, 4);
   EXPECT_EQ(choice->budgets_file, BudgetsFileOf(directory_));
   ASSERT_EQ(choice->settings.head_ratio.size(), 4u);
   double sum = 0;
   for (const double ratio : choice->settings.head_ratio) sum += ratio;
-  EXPECT_DOUBLE_EQ(sum / 4, 0.125);
+  EXPECT_DOUBLE_EQ(sum / 4, 0.5);
   EXPECT_GT(choice->settings.head_ratio[3], choice->settings.head_ratio[0]);
 }
 
 TEST_F(CompressionChoiceTest, ByNameOrByHand) {
-  for (const auto& [preset, ratio] :
-       {std::pair("quality", 0.25), std::pair("balanced", 0.125), std::pair("compact", 0.0625)}) {
+  for (const auto& [preset, ratio, bits] :
+       {std::tuple("quality", 0.5, 8), std::tuple("balanced", 0.5, 4), std::tuple("compact", 0.25, 4)}) {
     config_.preset = preset;
     const auto choice = Choose();
     ASSERT_TRUE(choice.ok()) << choice.status();
     EXPECT_EQ(choice->ratio, ratio);
     EXPECT_EQ(choice->settings.ratio, ratio);
+    EXPECT_EQ(choice->settings.bits, bits);
     EXPECT_THAT(choice->settings.head_ratio, IsEmpty());
   }
   config_.ratio = 0.3;
@@ -68,6 +70,7 @@ TEST_F(CompressionChoiceTest, ByNameOrByHand) {
   const auto choice = Choose();
   ASSERT_TRUE(choice.ok()) << choice.status();
   EXPECT_EQ(choice->settings.ratio, 0.3);
+  EXPECT_EQ(choice->settings.bits, 16);
   EXPECT_EQ(choice->settings.max_principal_keys, 100);
   EXPECT_EQ(choice->settings.segment_tokens, 64);
 }
@@ -91,7 +94,7 @@ TEST_F(CompressionChoiceTest, ErrorsNameFileOrSetting) {
   config_.max_principal_keys = 64;
   EXPECT_THAT(Error(), HasSubstr("atp.max_principal_keys: 64 caps nothing"));
   config_.budgets = "auto";
-  WriteBudgets(R"({"ratio": [[0.5, 0.5], [0.5, 0.5]]})");
+  WriteBudgets(R"({"ratio": [[0.3, 0.3], [0.3, 0.3]]})");
   EXPECT_THAT(Error(), HasSubstr("sensitivity: missing"));
 }
 

@@ -23,6 +23,7 @@ CompressionShape Shape() {
   shape.layers = 2;
   shape.heads = 6;
   shape.kv_heads = 3;
+  shape.head_dim = 8;
   shape.block_tokens = 16;
   shape.query_blocks_per_head = 2;
   shape.max_positions = 4000;

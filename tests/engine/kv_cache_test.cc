@@ -42,7 +42,6 @@ TEST(KvCache, FitsIntoItsBudget) {
   EXPECT_EQ(cache->block_bytes(), page.bytes());
   EXPECT_EQ(cache->token_capacity(), 19 / 6 * 16);
   EXPECT_EQ(cache->pool().block_bytes, page.bytes());
-  EXPECT_EQ(cache->pool().principal, nullptr);
   EXPECT_EQ(cache->pool().exact->entries(), 16);
 }
 
@@ -102,26 +101,27 @@ TEST(KvCache, BlocksAreLargeEnoughForPrincipalEntries) {
   const KvCache cache = KvCache::Create(backend.get(), shape, 1 << 20).value();
   const KvPage principal(KvFormat::kF32, 16, 8, true);
   EXPECT_EQ(cache.block_bytes(), principal.bytes());
-  ASSERT_NE(cache.pool().principal, nullptr);
-  EXPECT_EQ(cache.pool().principal->bytes(), principal.bytes());
   EXPECT_LT(cache.pool().exact->bytes(), cache.block_bytes());
   EXPECT_EQ(cache.query_page().samples(), 64);
 }
 
 TEST(BlockTable, PrincipalGroupsAreAppendedSeenAndDropped) {
   BlockTable table(1, 3);
+  const KvPage small(KvFormat::kF32, 16, 8, true), large(KvFormat::kInt8, 64, 8, true);
+  for (const int head : {0, 1}) table.SetPrincipalPage(head, &small);
+  table.SetPrincipalPage(2, &large);
   const std::vector<int32_t> blocks = {2, 0, 1};
   table.AppendPrincipal(std::vector<BlockId>{10, 11, 12}, blocks);
   table.AppendPrincipal(std::vector<BlockId>{20, 21, 22}, blocks);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 0);
-  table.ShowPrincipal(blocks, 16);
-  table.ShowPrincipal(blocks, 16);
+  table.ShowPrincipal(blocks);
+  table.ShowPrincipal(blocks);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 64);
   EXPECT_EQ(table.Layer(0)[1].principal_entries, 0);
-  EXPECT_EQ(table.Layer(0)[2].principal_entries, 32);
+  EXPECT_EQ(table.Layer(0)[2].principal_entries, 128);
   EXPECT_EQ(table.Layer(0)[0].principal[2], 20);
   EXPECT_EQ(table.Layer(0)[2].principal[1], 22);
-  table.DropPrincipal(blocks, 16);
+  table.DropPrincipal(blocks);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 32);
   EXPECT_EQ(table.Layer(0)[0].principal[0], 20);
   EXPECT_EQ(table.Layer(0)[0].principal[1], 21);

@@ -36,6 +36,9 @@ class PlannedRunner {
     shape.head_dim = config().head_dim;
     shape.format = format;
     shape.compressible = true;
+    CompressionSettings smallest;  // so that plans of any bits can be tried
+    smallest.bits = 4;
+    shape.block_bytes = CompressedBlockBytes(smallest, shape.format, shape.block_tokens, shape.head_dim);
     cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 64 << 20).value());
   }
 
@@ -49,6 +52,8 @@ class PlannedRunner {
     shape.layers = config().layers;
     shape.heads = config().heads;
     shape.kv_heads = config().kv_heads;
+    shape.head_dim = config().head_dim;
+    shape.format = cache_->shape().format;
     shape.block_tokens = cache_->shape().block_tokens;
     shape.query_blocks_per_head = cache_->query_page().blocks_per_head();
     shape.max_positions = kMaxPositions;

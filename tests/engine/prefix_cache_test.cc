@@ -41,7 +41,7 @@ class PrefixCacheTest : public testing::Test {
     settings.window_tokens = window;
     settings.sink_tokens = 1;
     settings.max_principal_keys = cap;
-    return *MakeCompressionPlan(settings, {kGroupBlocks, 1, 1, kBlockTokens, 1, 1000});
+    return *MakeCompressionPlan(settings, {kGroupBlocks, 1, 1, 2, kBlockTokens, KvFormat::kF32, 1, 1000});
   }
   // The same with a plan: every segment that is whole gets a principal group, which principal_ holds.
   std::vector<BlockGroup> Compute(std::span<const TokenId> tokens, const CompressionPlan& plan) {

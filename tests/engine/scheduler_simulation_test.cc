@@ -99,10 +99,13 @@ class Simulation {
     if (Below(2) == 0) settings.max_principal_keys = 1 + Below(2 * settings.segment_tokens);
     for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
       settings.head_ratio.push_back((1 + Below(8)) / 8.0);
+    for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
+      settings.head_bits.push_back(std::vector<int>{16, 16, 8, 4}[Below(4)]);
     CompressionShape shape;
     shape.layers = options_.layers;
     shape.heads = options_.kv_heads * 2;
     shape.kv_heads = options_.kv_heads;
+    shape.head_dim = 2;
     shape.block_tokens = options_.block_tokens;
     shape.query_blocks_per_head = 1 + Below(2);
     shape.max_positions = options_.max_positions;

@@ -502,7 +502,7 @@ std::shared_ptr<const CompressionPlan> Plan(double ratio = 0.5, int window = 8, 
   settings.window_tokens = window;
   settings.sink_tokens = 1;
   settings.max_principal_keys = cap;
-  return MakeCompressionPlan(settings, {2, 4, 2, 4, 1, 200}).value();
+  return MakeCompressionPlan(settings, {2, 4, 2, 2, 4, KvFormat::kF32, 1, 200}).value();
 }
 constexpr int kQueryBlocks = 8;  // 2 layers of 4 query heads, a block each
 

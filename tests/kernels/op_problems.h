@@ -58,7 +58,7 @@ class CacheProblem {
 
   const CacheShape& shape() const { return shape_; }
   int rows() const { return rows_; }
-  KvPool pool() { return {pool_.data(), block_bytes_, &exact_, nullptr}; }
+  KvPool pool() { return {pool_.data(), block_bytes_, &exact_}; }
   const std::vector<KvSequence>& sequences() const { return sequences_; }
   std::vector<std::byte>& bytes() { return pool_; }
 

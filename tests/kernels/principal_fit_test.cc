@@ -56,6 +56,8 @@ Fit Solve(const Problem& p, const cpu::Isa* isa) {
   void* aligned = scratch.data();
   std::align(64, size * sizeof(double), aligned, space);
   cpu::PrincipalFitFor(isa->target)(p.View(), static_cast<double*>(aligned), &fit.result);
+  for (const double* x = static_cast<double*>(aligned) + size; x < scratch.data() + scratch.size(); ++x)
+    EXPECT_TRUE(std::isnan(*x)) << "written beyond the scratch that was asked for";
   return fit;
 }
 
@@ -221,6 +223,10 @@ class Degenerate : public testing::Test {
   }
   std::mt19937 rng{5};
 };
+
+TEST_F(Degenerate, NothingButSinks) {
+  for (const int count : {1, 4, 7}) Check(RandomProblem(rng, 64, 128, 32, count, count, false), 10.0);
+}
 
 TEST_F(Degenerate, IdenticalKeys) {
   Problem p = RandomProblem(rng, 64, 32, 16, 16, 4, false);

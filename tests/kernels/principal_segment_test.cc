@@ -50,7 +50,7 @@ class Segment {
       positions_.push_back(kSegment + static_cast<int>(rng() % 1024));
   }
 
-  KvPool pool() const { return {memory_.data(), block_bytes_, &exact_, &principal_}; }
+  KvPool pool() const { return {memory_.data(), block_bytes_, &exact_}; }
 
   void Store() {
     std::vector<KvHeadBlocks> heads(kKvHeads);
@@ -69,7 +69,7 @@ class Segment {
     for (int h = 0; h < kKvHeads; ++h) {
       jobs.push_back({from ? (*from)[h].data() : nullptr, history, exact_blocks_[h].data(), kSegment,
                       &query_blocks_[h * kGroup * queries_.blocks_per_head()], positions_.data(), kSamples,
-                      forced, count, to[h].data()});
+                      forced, count, to[h].data(), &principal_});
     }
     std::vector<PrincipalFitReport> reports(jobs.size());
     backend_->FitPrincipalKeys({jobs, reports, pool(), &queries_, inverse_frequency_, kGroup});
@@ -96,7 +96,7 @@ class Segment {
         key[i] = -20.0f * mean;
       }
       if (use_principal) {
-        heads[h] = {own_.data(), table[h].data(), entries};
+        heads[h] = {own_.data(), table[h].data(), entries, &principal_};
         exact_.Store(memory_.data() + own_[0] * block_bytes_, 0, key.data(), zero.data());
       } else {
         heads[h] = {table[h].data(), nullptr, 0};

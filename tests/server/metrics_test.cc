@@ -30,7 +30,7 @@ class MetricsTest : public ::testing::Test {
   }
   void FeedEverything() {
     metrics_.Attach(service_.get());
-    metrics_.OnStep({30, 2, 3, absl::Milliseconds(40)});
+    metrics_.OnStep({30, 2, 3, absl::Milliseconds(40), {}, absl::ZeroDuration()});
     metrics_.OnInterTokenLatency(absl::Milliseconds(20));
     RequestReport report;
     report.reason = FinishReason::kLength;
