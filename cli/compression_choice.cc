@@ -40,6 +40,7 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   }
   if (config.bits > 0) budget.bits = config.bits;
   choice.ratio = budget.ratio;
+  choice.bits = budget.bits;
   CompressionSettings& settings = choice.settings;
   settings.bits = budget.bits;
   settings.ratio = choice.ratio;

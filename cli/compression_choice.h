@@ -17,13 +17,14 @@ namespace atp {
 struct CompressionChoice {
   std::string preset;        // "exact", "balanced" …; "ratio" when it was set by hand
   double ratio = 1;          // mean over kv heads
+  int bits = 16;             // per element; 16: as exact entries
   std::string budgets_file;  // empty: uniform, or exact
   CompressionSettings settings;
   // The most blocks that a sequence of the model's full length holds at once; 0: nothing is compressed. Set
   // with the engine.
   int64_t peak_blocks = 0;
 
-  bool exact() const { return !Compresses(settings); }
+  bool exact() const { return ratio == 1 && bits == 16 && settings.max_principal_keys == 0; }
 };
 
 // What a preset ("quality" …) keeps: entries per token, and bits per element (16: as exact ones). Together

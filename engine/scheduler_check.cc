@@ -33,7 +33,7 @@ absl::Status Scheduler::CheckCompression(const Sequence& s) const {
       int offset = 0;
       for (int before = 0; before < head; ++before) offset += blocks[before];
       for (int b = 0; b < blocks[head]; ++b) expected.push_back(s.principal_[g].ids()[offset + b]);
-      if (segment < s.visible_segments_) seen += blocks[head] * options_.block_tokens;
+      if (segment < s.visible_segments_) seen += blocks[head] * plan.Page(head)->entries();
     }
     const std::span<const BlockId> blocks = s.table_->principal(head);
     if (!std::equal(blocks.begin(), blocks.end(), expected.begin(), expected.end()))

@@ -6,8 +6,10 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -28,8 +30,13 @@ const Buckets kQueueBuckets = {0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1,
 const Buckets kRequestBuckets = {0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,   2.5,
                                  5,     10,   20,    30,   60,  120,  240, 480, 960};
 const Buckets kStepBuckets = {0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10};
+const Buckets kFitBuckets = {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
+                             0.05,   0.1,     0.25,   0.5,   1,      2.5,   5,    10};
 const Buckets kBatchBuckets = {1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024};
 const Buckets kTokenBuckets = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+// Relative errors: up to 1 where a fit is of any use.
+const Buckets kResidualBuckets = {0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05,
+                                  0.075,  0.1,     0.15,   0.2,   0.3,    0.4,   0.5,  0.75, 1,    2};
 
 constexpr std::array<std::pair<FinishReason, const char*>, 6> kFinishReasons = {{
     {FinishReason::kStop, "stop"},
@@ -51,6 +58,32 @@ prometheus::MetricFamily Family(prometheus::MetricType type, std::string name, s
     metric.gauge.value = value;
   }
   return {std::move(name), std::move(help), type, {std::move(metric)}};
+}
+
+// What the running sequences hold of their history, exact and compressed.
+void AddCompressionFamilies(const EngineStats& stats, std::vector<prometheus::MetricFamily>* out) {
+  using prometheus::MetricType;
+  const auto principal = static_cast<double>(stats.kv_principal_entries);
+  prometheus::MetricFamily entries = Family(MetricType::Gauge, "atp_kv_entries",
+                                            "KV entries that running requests attend to, summed over layers "
+                                            "and kv heads, by kind: exact (one for each "
+                                            "token) or principal (compressed).",
+                                            static_cast<double>(stats.kv_exact_entries), {{"kind", "exact"}});
+  entries.metric.push_back(
+      Family(MetricType::Gauge, "", "", principal, {{"kind", "principal"}}).metric.front());
+  out->push_back(std::move(entries));
+  out->push_back(
+      Family(MetricType::Gauge, "atp_kv_principal_blocks",
+             "KV cache blocks of principal entries that running requests hold; a shared one counts for each.",
+             static_cast<double>(stats.kv_principal_blocks), {}));
+  out->push_back(
+      Family(MetricType::Gauge, "atp_kv_bytes_saved",
+             "Bytes that the compressed tokens of running requests would take in the KV cache, less what "
+             "their principal entries take.",
+             static_cast<double>(stats.kv_bytes_saved), {}));
+  out->push_back(Family(MetricType::Counter, "atp_tokens_compressed_total",
+                        "Tokens of segments that were compressed.",
+                        static_cast<double>(stats.tokens_compressed_total), {}));
 }
 
 std::vector<prometheus::MetricFamily> EngineFamilies(const GenerateService& service) {
@@ -87,6 +120,7 @@ std::vector<prometheus::MetricFamily> EngineFamilies(const GenerateService& serv
           stats.prefix_cache_queries_tokens_total);
   counter("atp_prefix_cache_hit_tokens_total", "Prompt tokens that the prefix cache had.",
           stats.prefix_cache_hits_tokens_total);
+  AddCompressionFamilies(stats, &out);
 
   gauge("atp_build_info", "Always 1; the labels tell the version.", 1,
         {{"version", std::string(AtpVersion())}});
@@ -105,6 +139,27 @@ std::vector<prometheus::MetricFamily> EngineFamilies(const GenerateService& serv
         usage, name);
   return out;
 }
+
+// The two observations of one residual in a step, however many fits it had.
+struct ResidualHistograms {
+  prometheus::Histogram& mean;
+  prometheus::Histogram& worst;
+
+  // The fits that were done; those that kept their entries as they are have no error to report.
+  void Observe(std::span<const PrincipalFitReport> fits, float PrincipalFitReport::*residual) const {
+    double sum = 0, largest = 0;
+    int fitted = 0;
+    for (const PrincipalFitReport& fit : fits) {
+      if (!fit.fitted) continue;
+      sum += fit.*residual;
+      largest = std::max<double>(largest, fit.*residual);
+      ++fitted;
+    }
+    if (fitted == 0) return;
+    mean.Observe(sum / fitted);
+    worst.Observe(largest);
+  }
+};
 
 }  // namespace
 
@@ -141,6 +196,17 @@ struct Metrics::Families {
       Histogram("atp_step_tokens", "Tokens in an engine step, prefill and decode together.", kTokenBuckets);
   prometheus::Histogram& step_duration =
       Histogram("atp_step_duration_seconds", "Duration of an engine step.", kStepBuckets);
+  prometheus::Histogram& fit_duration =
+      Histogram("atp_fit_duration_seconds", "Time of all fits of an engine step that compressed segments.",
+                kFitBuckets);
+  ResidualHistograms fit_mass_residual = Residuals(
+      "atp_fit_mass_residual",
+      "Relative root mean square error of the softmax mass over a fit's references; two observations for "
+      "each engine step that compressed: the mean of its fits and the worst.");
+  ResidualHistograms fit_output_residual = Residuals(
+      "atp_fit_output_residual",
+      "Relative Frobenius error of the attention output over a fit's references; two observations for "
+      "each engine step that compressed: the mean of its fits and the worst.");
   prometheus::Family<prometheus::Histogram>& http_duration =
       prometheus::BuildHistogram()
           .Name("atp_http_request_duration_seconds")
@@ -172,6 +238,11 @@ struct Metrics::Families {
   prometheus::Histogram& Histogram(const char* name, const char* help, const Buckets& buckets) {
     return prometheus::BuildHistogram().Name(name).Help(help).Register(registry).Add({}, buckets);
   }
+  ResidualHistograms Residuals(const char* name, const char* help) {
+    auto& family = prometheus::BuildHistogram().Name(name).Help(help).Register(registry);
+    return {family.Add({{"statistic", "mean"}}, kResidualBuckets),
+            family.Add({{"statistic", "worst"}}, kResidualBuckets)};
+  }
 };
 
 Metrics::Metrics() : families_(std::make_unique<Families>()) {}
@@ -181,6 +252,10 @@ void Metrics::OnStep(const StepReport& report) {
   families_->batch_size.Observe(report.sequences);
   families_->step_tokens.Observe(report.prefill_tokens + report.decode_tokens);
   families_->step_duration.Observe(absl::ToDoubleSeconds(report.duration));
+  if (report.fits.empty()) return;
+  families_->fit_duration.Observe(absl::ToDoubleSeconds(report.fit_time));
+  families_->fit_mass_residual.Observe(report.fits, &PrincipalFitReport::mass_residual);
+  families_->fit_output_residual.Observe(report.fits, &PrincipalFitReport::output_residual);
 }
 
 void Metrics::OnInterTokenLatency(absl::Duration latency) {

@@ -33,7 +33,7 @@ class Eval(unittest.TestCase):
         row = evaluate("--ids", IDS, "--from", 256)
         self.assertAlmostEqual(row["cross_entropy"], 3.7612, delta=0.002)
         self.assertEqual(row["tokens"], 4 * 255)
-        self.assertEqual(set(row), {"method", "kv_dtype", "kv_held_ratio", "ratio", "segment", "window", "cap", "kv_bytes_ratio", "cross_entropy", "perplexity",
+        self.assertEqual(set(row), {"method", "kv_dtype", "kv_held_ratio", "ratio", "segment", "window", "cap", "bits", "kv_bytes_ratio", "cross_entropy", "perplexity",
                                     "kl", "agreement", "accuracy", "tokens"})
 
     def test_f32_cache_and_reference_backend_agree(self):
@@ -79,7 +79,7 @@ class Eval(unittest.TestCase):
     def test_a_table_for_people(self):
         done = atp("eval", "--model", MODEL, "--ids", IDS, "--limit", 1, "--context", 32)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual([len(line.split()) for line in done.stdout.splitlines()], [14, 14])
+        self.assertEqual([len(line.split()) for line in done.stdout.splitlines()], [15, 15])
 
     def test_compressed_history_answers_alike(self):
         rows = table("--ratio", "1,0.5,0.25,0.125", *SCHEDULE)

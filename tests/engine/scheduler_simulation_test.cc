@@ -272,7 +272,7 @@ class Simulation {
       const KvHeadBlocks& blocks = entry.table->Layer(head / options_.kv_heads)[head % options_.kv_heads];
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, blocks.exact, first_token, entry.exact_entries));
       const int principal_blocks = visible > 0 ? plan->StateBlocks(visible - 1, head) : 0;
-      ASSERT_EQ(blocks.principal_entries, principal_blocks * options_.block_tokens);
+      ASSERT_EQ(blocks.principal_entries, visible > 0 ? principal_blocks * plan->Page(head)->entries() : 0);
       if (visible == 0) continue;
       ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
     }

@@ -82,6 +82,12 @@ class FakeEngine final : public Engine {
     stats.preemptions_total = 3;
     stats.prefix_cache_queries_tokens_total = 40;
     stats.prefix_cache_hits_tokens_total = 10;
+    stats.kv_exact_entries = 640;
+    stats.kv_principal_entries = 96;
+    stats.kv_principal_blocks = 6;
+    stats.kv_tokens_compressed = 128;
+    stats.kv_bytes_saved = 4096;
+    stats.tokens_compressed_total = 256;
     return stats;
   }
 

@@ -6,6 +6,8 @@
 #include <fstream>
 #include <map>
 #include <sstream>
+#include <string>
+#include <vector>
 
 #include "tests/server/byte_tokenizer.h"
 #include "tests/server/fake_engine.h"
@@ -122,6 +124,43 @@ TEST_F(MetricsTest, RequestsAndStepsAreCounted) {
       HasSubstr("code=\"INVALID_ARGUMENT\",route=\"/atp.v1.Inference/Generate\",transport=\"grpc\"} 1\n"));
 }
 
+TEST_F(MetricsTest, FitsAreObservedByTheirMeanAndTheirWorst) {
+  // Mass, output; the third kept its entries: its numbers say nothing.
+  const std::vector<PrincipalFitReport> fits = {
+      {0.25f, 0.125f, true}, {0.5f, 0.0625f, true}, {8.0f, 8.0f, false}, {0.75f, 0.0625f, true}};
+  metrics_.OnStep({30, 2, 3, absl::Milliseconds(40), fits, absl::Milliseconds(125)});
+  const std::string text = metrics_.Render();
+  for (const char* line : {
+           "atp_fit_duration_seconds_count 1\n",
+           "atp_fit_duration_seconds_sum 0.125\n",
+           "atp_fit_mass_residual_count{statistic=\"mean\"} 1\n",
+           "atp_fit_mass_residual_sum{statistic=\"mean\"} 0.5\n",
+           "atp_fit_mass_residual_count{statistic=\"worst\"} 1\n",
+           "atp_fit_mass_residual_sum{statistic=\"worst\"} 0.75\n",
+           "atp_fit_output_residual_count{statistic=\"mean\"} 1\n",
+           "atp_fit_output_residual_bucket{statistic=\"mean\",le=\"0.075\"} 0\n",
+           "atp_fit_output_residual_bucket{statistic=\"mean\",le=\"0.1\"} 1\n",
+           "atp_fit_output_residual_sum{statistic=\"worst\"} 0.125\n",
+       }) {
+    EXPECT_THAT(text, HasSubstr(line));
+  }
+}
+
+TEST_F(MetricsTest, StepsWithoutFitsAreNotObservedAsFits) {
+  metrics_.OnStep({30, 2, 3, absl::Milliseconds(40), {}, absl::ZeroDuration()});
+  EXPECT_THAT(metrics_.Render(), HasSubstr("atp_fit_duration_seconds_count 0\n"));
+  // Every fit kept its entries: that took time, and there is no error to speak of.
+  const std::vector<PrincipalFitReport> kept = {{0, 0, false}, {0, 0, false}};
+  metrics_.OnStep({30, 2, 3, absl::Milliseconds(40), kept, absl::Milliseconds(1)});
+  const std::string text = metrics_.Render();
+  EXPECT_THAT(text, HasSubstr("atp_fit_duration_seconds_count 1\n"));
+  for (const char* name : {"atp_fit_mass_residual", "atp_fit_output_residual"}) {
+    for (const char* statistic : {"mean", "worst"}) {
+      EXPECT_THAT(text, HasSubstr(std::string(name) + "_count{statistic=\"" + statistic + "\"} 0\n"));
+    }
+  }
+}
+
 TEST_F(MetricsTest, ARequestWithoutATokenHasNoTimeToFirstToken) {
   RequestReport report;
   report.reason = FinishReason::kCancelled;
@@ -137,10 +176,13 @@ TEST_F(MetricsTest, GaugesAreReadFromTheEngineAtScrapeTime) {
               Not(HasSubstr("atp_kv_cache_blocks")));  // no model yet: not zero, but absent
   metrics_.Attach(service_.get());
   const std::string text = metrics_.Render();
-  for (const char* line : {"atp_ready 1\n", "atp_kv_cache_blocks 100\n", "atp_kv_cache_usage_ratio 0\n",
-                           "atp_preemptions_total 3\n", "atp_prefix_cache_queried_tokens_total 40\n",
-                           "atp_prefix_cache_hit_tokens_total 10\n", "atp_build_info{version=\"",
-                           "vllm:num_requests_waiting{model_name=\"tiny \\\"quoted\\\"\"} 0\n"}) {
+  for (const char* line :
+       {"atp_ready 1\n", "atp_kv_cache_blocks 100\n", "atp_kv_cache_usage_ratio 0\n",
+        "atp_preemptions_total 3\n", "atp_prefix_cache_queried_tokens_total 40\n",
+        "atp_prefix_cache_hit_tokens_total 10\n", "atp_build_info{version=\"",
+        "atp_kv_entries{kind=\"exact\"} 640\n", "atp_kv_entries{kind=\"principal\"} 96\n",
+        "atp_kv_principal_blocks 6\n", "atp_kv_bytes_saved 4096\n", "atp_tokens_compressed_total 256\n",
+        "vllm:num_requests_waiting{model_name=\"tiny \\\"quoted\\\"\"} 0\n"}) {
     EXPECT_THAT(text, HasSubstr(line));
   }
   EXPECT_THAT(text, HasSubstr("device=\"cpu test\""));
