@@ -32,7 +32,8 @@ class BlockTable {
   void AppendPrincipal(std::span<const BlockId> ids, std::span<const int32_t> blocks);
   void ShowPrincipal(std::span<const int32_t> blocks);
   void DropPrincipal(std::span<const int32_t> blocks);
-  // How the blocks of one head's principal entries are laid out, before the first of them; outlives the table.
+  // How the blocks of one head's principal entries are laid out, before the first of them; outlives the
+  // table.
   void SetPrincipalPage(int head, const KvPage* page) { heads_[head].principal_page = page; }
 
   // Where the open segment's queries are kept. ids: [layers][blocks per layer]; empty: nowhere.

@@ -105,8 +105,8 @@ KvCache::KvCache(const Shape& shape)
     : shape_(shape),
       page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false),
       block_bytes_(page_.bytes()),
-      query_page_(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16).bytes(), kPrincipalSamples,
-                  shape.head_dim) {
+      query_page_(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16).bytes(),
+                  kPrincipalSamples, shape.head_dim) {
   if (!shape.compressible) return;
   const KvPage principal = PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16);
   block_bytes_ = std::max({block_bytes_, principal.bytes(), shape.block_bytes});

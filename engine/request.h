@@ -56,12 +56,12 @@ enum class FinishReason : uint8_t {
 
 struct TokenLogprob {
   TokenId token = 0;
-  float logprob = 0;                            // natural log, of the model's distribution before temperature
-  std::vector<std::pair<TokenId, float>> top;   // the k most likely, best first
+  float logprob = 0;                           // natural log, of the model's distribution before temperature
+  std::vector<std::pair<TokenId, float>> top;  // the k most likely, best first
 };
 
-// A piece of one answer. `text` never ends inside a UTF-8 sequence and never runs ahead of a possible stop string;
-// `tokens` are those whose text is in this or an earlier piece.
+// A piece of one answer. `text` never ends inside a UTF-8 sequence and never runs ahead of a possible stop
+// string; `tokens` are those whose text is in this or an earlier piece.
 struct OutputDelta {
   int index = 0;  // which of the n answers
   std::string text;
@@ -85,8 +85,9 @@ struct OutputFinish {
   Usage usage;               // of this answer
 };
 
-// Receives one request's answers. Called from the engine thread only, in order, and must not block or call the engine
-// back synchronously other than Engine::Cancel. Every submitted request ends with exactly one OnFinish per answer.
+// Receives one request's answers. Called from the engine thread only, in order, and must not block or call
+// the engine back synchronously other than Engine::Cancel. Every submitted request ends with exactly one
+// OnFinish per answer.
 class OutputSink {
  public:
   virtual ~OutputSink() = default;

@@ -13,7 +13,8 @@ namespace atp {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr int kMaxStops = 64;  // the configured limit (limits.max_stop_strings) and a chat template's are checked before
+constexpr int kMaxStops =
+    64;  // the configured limit (limits.max_stop_strings) and a chat template's are checked before
 constexpr size_t kMaxStopBytes = 1024;
 constexpr int kMaxLogprobs = 20;
 constexpr int kMaxAnswers = 128;

@@ -1,7 +1,9 @@
-// A device and its ops: one virtual call per op. Three implementations: reference (naive fp32 oracle), cpu, cuda.
+// A device and its ops: one virtual call per op. Three implementations: reference (naive fp32 oracle), cpu,
+// cuda.
 //
-// Ops are issued in order from one thread and take no lock; on an asynchronous device an op's failure surfaces at the
-// next Synchronize(). Ops never fail for what a user can cause: sizes and formats are checked at load with Supports().
+// Ops are issued in order from one thread and take no lock; on an asynchronous device an op's failure
+// surfaces at the next Synchronize(). Ops never fail for what a user can cause: sizes and formats are checked
+// at load with Supports().
 #ifndef ATP_KERNELS_BACKEND_H_
 #define ATP_KERNELS_BACKEND_H_
 
@@ -23,8 +25,8 @@ struct OpDesc {
   int block_entries = 0;
 };
 
-// A weight matrix where the backend wants it: a view of the caller's memory where that can be used as it is (then
-// `memory` is empty and the caller's mapping must outlive it), or a copy or repacked form in `memory`.
+// A weight matrix where the backend wants it: a view of the caller's memory where that can be used as it is
+// (then `memory` is empty and the caller's mapping must outlive it), or a copy or repacked form in `memory`.
 struct Weight {
   TensorView view;
   Buffer memory;

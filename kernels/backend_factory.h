@@ -13,13 +13,13 @@
 namespace atp {
 
 struct BackendOptions {
-  std::string device = "cpu";  // "cpu", "reference" or "cuda"
-  int threads = 0;             // 0: the physical cores that the container's cgroup grants
+  std::string device = "cpu";    // "cpu", "reference" or "cuda"
+  int threads = 0;               // 0: the physical cores that the container's cgroup grants
   std::string cpu_isa = "auto";  // "auto", or one of CpuIsaNames()
 };
 
-// InvalidArgument for an unknown device or an ISA that this machine lacks (naming what it has); Unimplemented for a
-// device that this binary was built without.
+// InvalidArgument for an unknown device or an ISA that this machine lacks (naming what it has); Unimplemented
+// for a device that this binary was built without.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 std::vector<std::string> BuiltDevices();

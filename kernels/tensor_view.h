@@ -9,8 +9,8 @@
 
 namespace atp {
 
-// A matrix [rows, cols]; a vector is [1, cols]. Memory is on the device of the backend it is given to, unless a comment
-// says host.
+// A matrix [rows, cols]; a vector is [1, cols]. Memory is on the device of the backend it is given to, unless
+// a comment says host.
 struct TensorView {
   const void* data = nullptr;
   DType dtype = DType::kF32;

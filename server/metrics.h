@@ -1,5 +1,6 @@
-// Prometheus metrics: what the engine reports, and gauges read at scrape time. Base units, prefix atp_, and the vllm:
-// aliases that Kubernetes inference gateways route by. The list with meanings is in docs/metrics.md.
+// Prometheus metrics: what the engine reports, and gauges read at scrape time. Base units, prefix atp_, and
+// the vllm: aliases that Kubernetes inference gateways route by. The list with meanings is in
+// docs/metrics.md.
 #ifndef ATP_SERVER_METRICS_H_
 #define ATP_SERVER_METRICS_H_
 
@@ -22,8 +23,10 @@ class Metrics final : public EngineObserver {
   void OnInterTokenLatency(absl::Duration latency) override;
   void OnRequestFinished(const RequestReport& report) override;
 
-  // Front ends. transport: "http" or "grpc"; code: "200", "INVALID_ARGUMENT", …; route: the pattern, never the raw path.
-  void OnResponse(std::string_view transport, std::string_view route, std::string_view code, absl::Duration duration);
+  // Front ends. transport: "http" or "grpc"; code: "200", "INVALID_ARGUMENT", …; route: the pattern, never
+  // the raw path.
+  void OnResponse(std::string_view transport, std::string_view route, std::string_view code,
+                  absl::Duration duration);
   void SetHttpConnections(int open);
 
   // From then on scrapes show the engine's gauges and the build and model info.

@@ -169,7 +169,8 @@ class ReferenceBackend final : public Backend {
         const KvHeadBlocks& blocks = sequence.heads[kv_head];
         std::vector<Entry> entries;
         if (blocks.principal_entries > 0) {
-          AppendEntries(args.pool, *blocks.principal_page, blocks.principal, blocks.principal_entries, entries);
+          AppendEntries(args.pool, *blocks.principal_page, blocks.principal, blocks.principal_entries,
+                        entries);
         }
         const size_t principal = entries.size();
         AppendEntries(args.pool, page, blocks.exact, sequence.exact_entries, entries);
