@@ -9,20 +9,32 @@
 
 namespace atp {
 
-enum class DType : uint8_t { kF32, kBF16, kF16 };
+// The quantised ones are the block formats of GGUF files (ggml-common.h of llama.cpp documents their bytes);
+// kQ4 is our own: per 32 elements an fp16 scale and 32 indices of four bits into one fixed codebook.
+enum class DType : uint8_t { kF32, kBF16, kF16, kQ8_0, kQ4_0, kQ4, kQ4_K, kQ5_K, kQ6_K };
 
-constexpr size_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+// The smallest piece of a row that stands alone. A row's length is a multiple of `elements`.
+struct DTypeBlock {
+  int elements;
+  int bytes;
+  std::string_view name;
+};
 
-constexpr std::string_view Name(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return "f32";
-    case DType::kBF16:
-      return "bf16";
-    case DType::kF16:
-      return "f16";
-  }
-  return "?";
+constexpr DTypeBlock BlockOf(DType dtype) {
+  constexpr DTypeBlock blocks[] = {
+      {1, 4, "f32"},  {1, 2, "bf16"},     {1, 2, "f16"},      {32, 34, "q8_0"},   {32, 18, "q4_0"},
+      {32, 18, "q4"}, {256, 144, "q4_k"}, {256, 176, "q5_k"}, {256, 210, "q6_k"},
+  };
+  return blocks[static_cast<int>(dtype)];
+}
+
+constexpr std::string_view Name(DType dtype) { return BlockOf(dtype).name; }
+constexpr bool IsQuantized(DType dtype) { return BlockOf(dtype).elements > 1; }
+
+// cols: a multiple of the block's elements.
+constexpr size_t RowBytes(DType dtype, int64_t cols) {
+  const DTypeBlock block = BlockOf(dtype);
+  return static_cast<size_t>(cols / block.elements) * static_cast<size_t>(block.bytes);
 }
 
 constexpr float BF16ToFloat(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }

@@ -26,7 +26,10 @@ absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes) {
 absl::StatusOr<Weight> LoadHostWeight(const TensorView& host) {
   Weight weight;
   weight.view = host;
-  if (reinterpret_cast<uintptr_t>(host.data) % SizeOf(host.dtype) == 0) return weight;
+  if (reinterpret_cast<uintptr_t>(host.data) %
+          static_cast<size_t>(IsQuantized(host.dtype) ? 2 : BlockOf(host.dtype).bytes) ==
+      0)
+    return weight;
   absl::StatusOr<Buffer> copy = AllocateHostMemory(host.bytes());
   if (!copy.ok()) return copy.status();
   CopyHostMemory(copy->data(), host.data, host.bytes());

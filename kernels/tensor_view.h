@@ -17,7 +17,7 @@ struct TensorView {
   int64_t rows = 0;
   int64_t cols = 0;
 
-  size_t bytes() const { return static_cast<size_t>(rows) * static_cast<size_t>(cols) * SizeOf(dtype); }
+  size_t bytes() const { return static_cast<size_t>(rows) * RowBytes(dtype, cols); }
 };
 
 }  // namespace atp

@@ -35,6 +35,8 @@ void GatherRows(const GatherRowsArgs& args, int64_t begin, int64_t end) {
       return GatherOf<hwy::bfloat16_t>(args, begin, end);
     case DType::kF16:
       return GatherOf<hwy::float16_t>(args, begin, end);
+    default:
+      return;  // Supports() refuses them
   }
 }
 

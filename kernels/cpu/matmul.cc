@@ -165,6 +165,8 @@ void MatMul(const MatMulArgs& args, const MatMulPart& part, float* panel) {
       return MatMulOf<hwy::bfloat16_t>(args, part, panel);
     case DType::kF16:
       return MatMulOf<hwy::float16_t>(args, part, panel);
+    default:
+      return;  // Supports() refuses them
   }
 }
 

@@ -22,8 +22,9 @@ float Element(const TensorView& tensor, int64_t row, int64_t col) {
       return BF16ToFloat(static_cast<const uint16_t*>(tensor.data)[index]);
     case DType::kF16:
       return F16ToFloat(static_cast<const uint16_t*>(tensor.data)[index]);
+    default:
+      return 0;  // Supports() refuses them
   }
-  return 0;
 }
 
 // One cache entry, as fp32.
@@ -74,7 +75,7 @@ class ReferenceBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format);
+           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }

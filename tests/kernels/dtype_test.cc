@@ -13,9 +13,9 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 TEST(DType, SizesAndNames) {
-  EXPECT_EQ(SizeOf(DType::kF32), 4u);
-  EXPECT_EQ(SizeOf(DType::kBF16), 2u);
-  EXPECT_EQ(SizeOf(DType::kF16), 2u);
+  EXPECT_EQ(RowBytes(DType::kF32, 1), 4u);
+  EXPECT_EQ(RowBytes(DType::kBF16, 1), 2u);
+  EXPECT_EQ(RowBytes(DType::kF16, 1), 2u);
   EXPECT_EQ(Name(DType::kBF16), "bf16");
 }
 

@@ -34,7 +34,7 @@ std::vector<float> Normals(Random& random, size_t count) {
 std::vector<float> Poison(size_t count) { return std::vector<float>(count, std::nanf("")); }
 
 float Matrix::At(int64_t row, int64_t col) const {
-  const std::byte* at = bytes.data() + static_cast<size_t>(row * view.cols + col) * SizeOf(view.dtype);
+  const std::byte* at = bytes.data() + RowBytes(view.dtype, row * view.cols + col);
   if (view.dtype == DType::kF32) {
     float value;
     std::memcpy(&value, at, sizeof(value));
@@ -47,7 +47,7 @@ float Matrix::At(int64_t row, int64_t col) const {
 
 Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
   Matrix matrix;
-  matrix.bytes.resize(static_cast<size_t>(rows * cols) * SizeOf(dtype));
+  matrix.bytes.resize(RowBytes(dtype, rows * cols));
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < rows * cols; ++i) {
     const float value = normal(random);
@@ -55,7 +55,7 @@ Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
     const auto half = static_cast<uint16_t>((random() & 0x83ffu) |
                                             (static_cast<uint32_t>(UniformInt(random, 0, 16)) << 10));
     const uint16_t bits = dtype == DType::kBF16 ? FloatToBF16(value) : half;
-    std::byte* at = matrix.bytes.data() + static_cast<size_t>(i) * SizeOf(dtype);
+    std::byte* at = matrix.bytes.data() + RowBytes(dtype, i);
     if (dtype == DType::kF32) {
       std::memcpy(at, &value, sizeof(value));
     } else {
