@@ -16,6 +16,9 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "engine/gguf.h"
+#include "engine/gguf_config.h"
+#include "engine/model_path.h"
 
 namespace atp {
 namespace {
@@ -24,14 +27,6 @@ using Json = nlohmann::json;
 
 constexpr size_t kMaxFileBytes = 1 << 20;
 constexpr int kMaxDepth = 32;
-// Far beyond every model of the family; their products fit into 63 bits.
-constexpr int64_t kMaxHidden = 1 << 17;
-constexpr int64_t kMaxIntermediate = 1 << 20;
-constexpr int64_t kMaxLayers = 1024;
-constexpr int64_t kMaxHeads = 1024;
-constexpr int64_t kMaxHeadDim = 1024;
-constexpr int64_t kMaxVocab = 1 << 24;
-constexpr int64_t kMaxPositions = 1 << 27;
 constexpr size_t kMaxEosIds = 64;
 
 constexpr std::string_view kLlama = "LlamaForCausalLM";
@@ -334,15 +329,22 @@ absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::s
   return config;
 }
 
-absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model_dir) {
-  const std::string path = absl::StrCat(model_dir, "/config.json");
+absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model) {
+  absl::StatusOr<std::string> gguf = FindGguf(model);
+  if (!gguf.ok()) return gguf.status();
+  if (!gguf->empty()) {
+    absl::StatusOr<std::shared_ptr<const GgufFile>> file = GgufFile::Open(*gguf);
+    if (!file.ok()) return file.status();
+    return GgufLlamaConfig(**file);
+  }
+  const std::string path = absl::StrCat(model, "/config.json");
   absl::StatusOr<std::string> text = ReadSmallFile(path);
   if (!text.ok()) return text.status();
   absl::StatusOr<LlamaConfig> config = ParseLlamaConfig(*text, path);
   if (!config.ok()) return config;
 
   // Chat models end their turn with a token that often only generation_config.json knows.
-  const std::string generation_path = absl::StrCat(model_dir, "/generation_config.json");
+  const std::string generation_path = absl::StrCat(model, "/generation_config.json");
   absl::StatusOr<std::string> generation = ReadSmallFile(generation_path);
   if (absl::IsNotFound(generation.status())) return config;
   if (!generation.ok()) return generation.status();
