@@ -217,7 +217,7 @@ absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model_dir, cons
     const TensorView host = ViewOf(item);
     FaultIn(item.tensor->data, report);
     absl::StatusOr<Weight> weight =
-        item.shape.size() == 2 ? backend->LoadWeight(host) : LoadVector(host, backend);
+        item.shape.size() == 2 ? backend->LoadWeight(host, host.dtype) : LoadVector(host, backend);
     if (!weight.ok()) {
       return absl::Status(weight.status().code(),
                           absl::StrCat(item.tensor->file, ": tensor ", QuoteForError(item.name), ": ",
