@@ -16,6 +16,10 @@ struct BackendOptions {
   std::string device = "cpu";    // "cpu", "reference" or "cuda"
   int threads = 0;               // 0: the physical cores that the container's cgroup grants
   std::string cpu_isa = "auto";  // "auto", or one of CpuIsaNames()
+  // What products with bf16 weights round x to. kF32: not at all, so results are as exact as fp32 sums are.
+  // kBF16: to bf16, several times as fast where the processor has the instruction (elsewhere as kF32).
+  // Block-quantised weights always meet x in int8, with a scale per 32 elements.
+  DType activation_dtype = DType::kF32;
 };
 
 // InvalidArgument for an unknown device or an ISA that this machine lacks (naming what it has); Unimplemented

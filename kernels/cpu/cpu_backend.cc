@@ -72,7 +72,9 @@ class CpuBackend final : public Backend {
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return LoadHostWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    return LoadHostWeight(host, dtype);
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     CopyHostMemory(device, host, bytes);
   }
