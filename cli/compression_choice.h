@@ -40,7 +40,8 @@ PresetBudget BudgetOf(const std::string& preset);
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
                                                     const LlamaConfig& model, int block_tokens);
 
-// Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`.
+// Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`,
+// MODEL.gguf.atp_budgets.json beside a GGUF file.
 std::string BudgetsFileOf(const std::string& model_dir);
 
 // What plans for this model are made for. `max_positions`: the most tokens a sequence can have.

@@ -33,7 +33,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
                                       const WrapBackend& wrap) {
   LoadedModel loaded;
   absl::StatusOr<std::unique_ptr<Backend>> backend =
-      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa});
+      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa,
+                   config.model.activation_dtype == "bf16" ? DType::kBF16 : DType::kF32});
   if (!backend.ok()) return backend.status();
   loaded.backend = wrap ? wrap(*std::move(backend)) : *std::move(backend);
 
@@ -41,7 +42,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
   {
     LoadProgressBar bar(path);
     absl::StatusOr<std::unique_ptr<LlamaModel>> model = LlamaModel::Load(
-        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); });
+        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); },
+        WeightDTypeFromName(config.model.weight_dtype));
     if (!model.ok()) return model.status();
     loaded.model = *std::move(model);
   }

@@ -92,8 +92,10 @@ void ReadHeads(Metadata& metadata, LlamaConfig& config) {
 
 // theta^(-2i/head_dim), all divided by rope.scaling.factor (linear), each by its own factor where the file
 // has the tensor rope_freqs.weight (Llama 3.1).
-std::vector<float> InverseFrequencies(const GgufFile& file, Metadata& metadata, int head_dim) {
+std::vector<float> InverseFrequencies(const GgufFile& file, Metadata& metadata, LlamaConfig* config) {
   const double theta = metadata.Number("rope.freq_base", 0, 1e15, 10000.0);
+  const int head_dim = config->head_dim;
+  config->rope_theta = theta;
   const std::string type = metadata.String("rope.scaling.type", "none");
   double factor = 1.0;
   if (type == "linear") {
@@ -114,9 +116,9 @@ std::vector<float> InverseFrequencies(const GgufFile& file, Metadata& metadata, 
     }
     std::memcpy(divisors.data(), tensor->data.data(), pairs * sizeof(float));
     for (const float divisor : divisors) {
-      if (divisor > 0 && std::isfinite(divisor)) continue;
+      if (divisor >= 1e-6f && divisor <= 1e6f) continue;
       metadata.Keep(absl::InvalidArgumentError(
-          TensorError(file, kName, absl::StrCat("expected positive factors, found ", divisor))));
+          TensorError(file, kName, absl::StrCat("expected factors from 1e-6 to 1e6, found ", divisor))));
       return {};
     }
   }
@@ -195,7 +197,7 @@ absl::StatusOr<LlamaConfig> GgufLlamaConfig(const GgufFile& file) {
   config.output_bias = file.FindTensor("blk.0.attn_output.bias") != nullptr;
   config.mlp_bias = file.FindTensor("blk.0.ffn_gate.bias") != nullptr;
   if (!metadata.status().ok()) return metadata.status();
-  config.inverse_frequency = InverseFrequencies(file, metadata, config.head_dim);
+  config.inverse_frequency = InverseFrequencies(file, metadata, &config);
   if (!metadata.status().ok()) return metadata.status();
   return config;
 }

@@ -174,7 +174,7 @@ std::string FindArchitecture(const Json& document, Fields& fields) {
 //   where it is
 //            below context / high_freq_factor, blended between (Llama 3.1's reference implementation)
 std::vector<float> InverseFrequencies(Fields& fields, const Json* scaling, const std::string& source,
-                                      int head_dim, absl::Status* status) {
+                                      LlamaConfig* config, absl::Status* status) {
   constexpr double kMaxTheta = 1e15;
   constexpr double kMaxFactor = 1e6;
   const Json nothing = Json::object();
@@ -185,6 +185,8 @@ std::vector<float> InverseFrequencies(Fields& fields, const Json* scaling, const
   Fields scale(scaling == nullptr ? nothing : *scaling, absl::StrCat(source, ": rope_scaling"), status);
   const double theta =
       scale.Number("rope_theta", 0, kMaxTheta, fields.Number("rope_theta", 0, kMaxTheta, 10000.0));
+  config->rope_theta = theta;
+  const int head_dim = config->head_dim;
   const std::string type = scale.String("rope_type", scale.String("type", "default"));
   std::vector<float> frequencies;
   if (type != "default" && type != "linear" && type != "llama3") {
@@ -324,7 +326,7 @@ absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::s
   // Newer exports call it rope_parameters, and keep rope_theta in it.
   const Json* scaling = fields.Find("rope_scaling");
   if (scaling == nullptr) scaling = fields.Find("rope_parameters");
-  config.inverse_frequency = InverseFrequencies(fields, scaling, source, config.head_dim, &status);
+  config.inverse_frequency = InverseFrequencies(fields, scaling, source, &config, &status);
   if (!status.ok()) return status;
   return config;
 }

@@ -37,6 +37,7 @@ struct LlamaConfig {
   bool qkv_bias = false;     // Qwen2, or attention_bias: q, k, v have a bias
   bool output_bias = false;  // attention_bias of LlamaForCausalLM: o_proj has one, too
   bool mlp_bias = false;
+  double rope_theta = 10000.0;
   std::vector<float> inverse_frequency;  // [head_dim / 2], rope_scaling applied (llama3, linear)
   std::vector<int32_t> eos_token_ids;
   int32_t bos_token_id = -1;  // -1: none

@@ -135,14 +135,19 @@ DType KeptDType(const Item& item, std::optional<DType> wanted) {
   return fits ? *wanted : *item.tensor.dtype;
 }
 
-absl::Status CheckPlan(const WeightSource& source, const Backend& backend, const LlamaConfig& config,
-                       std::optional<DType> wanted, Plan* plan) {
-  for (const std::string& name : plan->absent) {
+absl::Status CheckAbsent(const WeightSource& source, const Plan& plan) {
+  for (const std::string& name : plan.absent) {
     if (const std::optional<StoredTensor> tensor = source.Find(name)) {
       return absl::InvalidArgumentError(absl::StrCat(WhereOf(*tensor), "expected no such bias as ",
                                                      source.described_by(), " says, found one"));
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPlan(const WeightSource& source, const Backend& backend, const LlamaConfig& config,
+                       std::optional<DType> wanted, Plan* plan) {
+  if (absl::Status absent = CheckAbsent(source, *plan); !absent.ok()) return absent;
   for (Item& item : plan->items) {
     if (absl::Status checked = CheckItem(source, &item); !checked.ok()) return checked;
     OpDesc desc;
@@ -246,6 +251,27 @@ LlamaWeights::LlamaWeights() = default;
 LlamaWeights::LlamaWeights(LlamaWeights&&) noexcept = default;
 LlamaWeights& LlamaWeights::operator=(LlamaWeights&&) noexcept = default;
 LlamaWeights::~LlamaWeights() = default;
+
+std::optional<DType> WeightDTypeFromName(std::string_view name) {
+  if (name == "f32") return DType::kF32;
+  if (name == "bf16") return DType::kBF16;
+  if (name == "q8") return DType::kQ8_0;
+  if (name == "q4") return DType::kQ4;
+  return std::nullopt;
+}
+
+absl::StatusOr<std::vector<LlamaTensor>> FindLlamaTensors(const WeightSource& source,
+                                                          const LlamaConfig& config) {
+  LlamaWeights nowhere;
+  Plan plan = MakePlan(config, &nowhere);
+  std::vector<LlamaTensor> found;
+  if (absl::Status absent = CheckAbsent(source, plan); !absent.ok()) return absent;
+  for (Item& item : plan.items) {
+    if (absl::Status checked = CheckItem(source, &item); !checked.ok()) return checked;
+    found.push_back({std::move(item.tensor), item.rotary_head_dim});
+  }
+  return found;
+}
 
 absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model, const LlamaConfig& config,
                                               std::optional<DType> wanted, Backend* backend,

@@ -7,15 +7,15 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/llama_config.h"
+#include "engine/weight_source.h"
 #include "kernels/backend.h"
 
 namespace atp {
-
-class WeightSource;
 
 struct LlamaLayerWeights {
   Weight attention_norm;     // [1, hidden], F32
@@ -45,8 +45,20 @@ struct LlamaWeights {
   std::shared_ptr<const WeightSource> source;  // the mapping that views point into
 };
 
+// "f32", "bf16", "q8" or "q4", as settings name them; none for any other name ("auto": as stored).
+std::optional<DType> WeightDTypeFromName(std::string_view name);
+
 // done and total in bytes. Called often; throttling is the callee's business.
 using LoadProgress = std::function<void(size_t done, size_t total)>;
+
+// A tensor of the model, found and checked.
+struct LlamaTensor {
+  StoredTensor stored;
+  int rotary_head_dim = 0;  // rows are those of queries or keys, in heads of this size; 0: of neither
+};
+// All of them, in the order of use. Errors as below.
+absl::StatusOr<std::vector<LlamaTensor>> FindLlamaTensors(const WeightSource& source,
+                                                          const LlamaConfig& config);
 
 // `model` is a directory or a GGUF file (model_path.h). `wanted`: what matrices are converted to; none: each
 // stays as it is stored, and the CPU computes straight from the mapped file. A matrix whose rows are no whole
