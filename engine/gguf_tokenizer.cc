@@ -165,16 +165,17 @@ absl::StatusOr<std::string> SentencePieceProto(const GgufFile& file, const Vocab
   bool has_bytes = false;
   const auto& types = vocabulary.types;
   const auto unknown = std::find(types.begin(), types.end(), kUnknown);
-  if (unknown == types.end() || std::count(types.begin(), types.end(), kUnknown) > 1) {
-    return KeyError(file, "token_type",
-                    absl::StrCat("expected one token of type 2 (unknown), found ",
-                                 std::count(types.begin(), types.end(), kUnknown)));
+  if (unknown == types.end()) {
+    return KeyError(file, "token_type", "expected a token of type 2 (unknown), found none");
   }
+  const auto unknown_id = static_cast<size_t>(unknown - types.begin());
   for (size_t i = 0; i < vocabulary.tokens.size(); ++i) {
     piece.clear();
     AppendBytes(1, vocabulary.tokens[i], &piece);
     AppendFloat(2, vocabulary.scores[i], &piece);
-    AppendInt(3, static_cast<uint64_t>(types[i]), &piece);
+    // The library knows one unknown token; some converters give added control tokens that type, too.
+    const bool another = types[i] == kUnknown && i != unknown_id;
+    AppendInt(3, static_cast<uint64_t>(another ? kControl : types[i]), &piece);
     AppendBytes(1, piece, &proto);
     has_bytes = has_bytes || types[i] == kByte;
   }
@@ -186,7 +187,6 @@ absl::StatusOr<std::string> SentencePieceProto(const GgufFile& file, const Vocab
     AppendInt(id_field, static_cast<uint64_t>(*id), &trainer);
     AppendBytes(name_field, vocabulary.tokens[static_cast<size_t>(*id)], &trainer);
   };
-  const auto unknown_id = static_cast<size_t>(unknown - types.begin());
   AppendInt(40, unknown_id, &trainer);
   AppendBytes(45, vocabulary.tokens[unknown_id], &trainer);
   name(41, 46, config.bos_token_id);

@@ -223,7 +223,7 @@ TEST(GgufTokenizerTest, SentencePieceMalformed) {
   Tokens tokens = SentencePieceTokens();
   tokens.types[0] = 1;
   EXPECT_THAT(TokenizerError(SentencePiece(tokens)),
-              HasSubstr("expected one token of type 2 (unknown), found 0"));
+              HasSubstr("expected a token of type 2 (unknown), found none"));
   tokens = SentencePieceTokens();
   tokens.types[5] = 9;
   EXPECT_THAT(TokenizerError(SentencePiece(tokens)), HasSubstr("expected types from 1 to 6, found 9"));

@@ -167,7 +167,7 @@ TEST(GgufReaderTest, Tensors) {
   EXPECT_THAT(error({1}, 0, ~uint64_t{31}),
               HasSubstr("tensor 't': expected 4 bytes at offset 18446744073709551584"));
   EXPECT_THAT(error({1}, 0, 96), HasSubstr("tensor 't': expected data up to byte"));
-  EXPECT_EQ(error({1}, 0, 0).substr(11),
+  EXPECT_EQ(error({1}, 0, 0).substr(12),
             "expected its own bytes, found offset 0 inside of another tensor's data");
   GgufBytes gguf = Good();
   gguf.Tensor("x", {1}, 0, 64);
