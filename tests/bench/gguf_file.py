@@ -67,3 +67,67 @@ def interleave(values: np.ndarray, heads: int) -> np.ndarray:
     rest = values.shape[1:]
     size = values.shape[0] // heads
     return values.reshape(heads, 2, size // 2, *rest).swapaxes(1, 2).reshape(values.shape)
+
+
+# Elements and bytes of a block, by type; 0x41545001 is atp's q4.
+BLOCKS = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), 2: (32, 18), 8: (32, 34), 12: (256, 144), 13: (256, 176), 14: (256, 210),
+          0x41545001: (32, 18)}
+
+
+def read(path) -> tuple[list, dict]:
+    """A file's metadata entries, as they lie there, and its tensors: name -> (dims in the file's order, type, bytes)."""
+    raw = open(path, "rb").read()
+    at = 8
+
+    def number(code):
+        nonlocal at
+        (value,) = struct.unpack_from("<" + code, raw, at)
+        at += struct.calcsize(code)
+        return value
+
+    def text():
+        nonlocal at
+        size = number("Q")
+        at += size
+        return raw[at - size : at]
+
+    def skip(kind):
+        nonlocal at
+        if kind == _STRING:
+            text()
+        elif kind == _ARRAY:
+            element, count = number("I"), number("Q")
+            for _ in range(count):
+                skip(element)
+        else:
+            at += {0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4)
+
+    tensor_count, entry_count = number("Q"), number("Q")
+    entries, infos, tensors = [], [], {}
+    for _ in range(entry_count):
+        begin = at
+        text()
+        skip(number("I"))
+        entries.append(raw[begin:at])
+    for _ in range(tensor_count):
+        name, rank = text(), number("I")
+        infos.append((name, [number("Q") for _ in range(rank)], number("I"), number("Q")))
+    start = -(-at // ALIGNMENT) * ALIGNMENT
+    for name, dims, kind, offset in infos:
+        elements, size = BLOCKS[kind]
+        begin = start + offset
+        tensors[name.decode()] = (dims, kind, raw[begin : begin + int(np.prod(dims)) // elements * size])
+    return entries, tensors
+
+
+def write_again(path, entries: list, tensors: dict):
+    """What read() gave, or parts of it, as a file."""
+    head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(entries)) + b"".join(entries))
+    offset = 0
+    for name, (dims, kind, data) in tensors.items():
+        head += _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+        offset += -(-len(data) // ALIGNMENT) * ALIGNMENT
+    with open(path, "wb") as file:
+        file.write(head + b"\0" * (-len(head) % ALIGNMENT))
+        for _, _, data in tensors.values():
+            file.write(data + b"\0" * (-len(data) % ALIGNMENT))
