@@ -4,15 +4,14 @@
     compare_llama_cpp.py --atp build/cpu-release/atp --llama-bin LLAMA_CPP/build/bin --models DIR --json FILE
 
 DIR is what `random_model.py random SHAPE DIR` wrote. The quantised files that are missing in it are made first, by
-llama-quantize (Q8_0, Q4_0, Q4_K, all matrices alike). Rows, each a pair of numbers and their ratio (above 1: atp is better):
+llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 and Q8_0 are the same bytes. Rows, each a pair of numbers and their ratio (above 1: atp is better):
 
-    decode        tokens/s of one sequence behind a short prompt: q8 : Q8_0, q4 : Q4_0, q4 : Q4_K, bf16 : BF16, and
-                  Q4_K : Q4_K, the very same file on both sides
+    decode        tokens/s of one sequence behind a short prompt
     prefill       tokens/s of prompts of 512 and 2048 tokens
     start         seconds from exec to the first token of a served answer, with the file in the page cache
     peak_rss      bytes, of that same server after the answer
-    serve         1, 8 and 32 users at once, 256 tokens in and 128 out: tokens/s in total, and the time to first token
-                  (95th percentile) in seconds
+    serve         1, 8 and 32 users at once, 256 tokens in and 128 out: tokens/s in total, and the 95th percentile of the
+                  time to first token in seconds
 
 Both servers get the same number of threads, slots and positions. Needs Python's standard library only.
 """
@@ -29,12 +28,13 @@ import subprocess
 import sys
 import time
 
-PAIRS = {  # name: (atp's file or directory and flags, llama.cpp's file)
-    "q8/Q8_0": ("model-bf16.gguf", ["--weight-dtype", "q8"], "model-q8_0.gguf"),
-    "q4/Q4_0": ("model-bf16.gguf", ["--weight-dtype", "q4"], "model-q4_0.gguf"),
-    "q4/Q4_K": ("model-bf16.gguf", ["--weight-dtype", "q4"], "model-q4_k.gguf"),
-    "Q4_K/Q4_K": ("model-q4_k.gguf", [], "model-q4_k.gguf"),
-    "bf16/BF16": ("model-bf16.gguf", [], "model-bf16.gguf"),
+PAIRS = {  # name: (atp's file, llama.cpp's file)
+    "q8/Q8_0": ("model-q8_0.gguf", "model-q8_0.gguf"),
+    "q4/Q4_0": ("model-q4.gguf", "model-q4_0.gguf"),
+    "q4/Q4_K": ("model-q4.gguf", "model-q4_k.gguf"),
+    "Q4_0/Q4_0": ("model-q4_0.gguf", "model-q4_0.gguf"),
+    "Q4_K/Q4_K": ("model-q4_k.gguf", "model-q4_k.gguf"),
+    "bf16/BF16": ("model-bf16.gguf", "model-bf16.gguf"),
 }
 QUANTISED = {"model-q8_0.gguf": "Q8_0", "model-q4_0.gguf": "Q4_0", "model-q4_k.gguf": "Q4_K_S"}
 POSITIONS = 512  # of a served request: 256 in, 128 out, and room
@@ -53,22 +53,24 @@ def make_missing(args):
         if not path.exists():
             output_of([args.llama_bin / "llama-quantize", "--pure", args.models / "model-bf16.gguf", path, kind,
                        args.threads])
+    if not (args.models / "model-q4.gguf").exists():
+        output_of([args.atp, "quantize", args.models / "model-bf16.gguf", args.models / "model-q4.gguf",
+                   "--weight-dtype", "q4"])
 
 
 # --- one process, one number ------------------------------------------------------------------------------------------
 
 
 def atp_rate(args, pair, phase, tokens):
-    model, flags, _ = PAIRS[pair]
     counts = ["--context", tokens] if phase == "prefill" else ["--context", 8, "--tokens", tokens]
-    command = [args.atp, "bench", phase, "--model", args.models / model, "--threads", args.threads, "--batch", 1, *counts,
-               "--json", *flags, *args.atp_flags]
+    command = [args.atp, "bench", phase, "--model", args.models / PAIRS[pair][0], "--threads", args.threads, "--batch", 1,
+               *counts, "--json", *args.atp_flags]
     return json.loads(output_of(command))["rows"][0]["tokens_per_second"]
 
 
 def llama_rate(args, pair, phase, tokens):
     counts = ["-p", tokens, "-n", 0] if phase == "prefill" else ["-p", 0, "-n", tokens]
-    command = [args.llama_bin / "llama-bench", "-m", args.models / PAIRS[pair][2], "-t", args.threads, "-r", 1,
+    command = [args.llama_bin / "llama-bench", "-m", args.models / PAIRS[pair][1], "-t", args.threads, "-r", 1,
                "-o", "json", *counts]
     return json.loads(output_of(command))[0]["avg_ts"]
 
@@ -88,12 +90,12 @@ class Server:
     def __init__(self, args, side, pair, users):
         self.side = side
         self.port = free_port()
-        model, flags, gguf = PAIRS[pair]
+        model, gguf = PAIRS[pair]
         if side == "atp":
             command = [args.atp, "serve", "--model", args.models / model, "--threads", args.threads, "--http-port",
                        self.port, "--grpc-port", 0, "--metrics-port", 0, "--set",
-                       f"scheduler.max_running_requests={users}", "--set", "kv_cache.prefix_cache=false", "--set",
-                       f"kv_cache.memory_bytes={args.kv_bytes * users}", *flags, *args.atp_flags]
+                       f"scheduler.max_running_requests={users}", "--set", "kv_cache.prefix_cache=false", "--set", "model.name=model", "--set",
+                       f"kv_cache.memory_bytes={args.kv_bytes * users}", *args.atp_flags]
         else:
             command = [args.llama_bin / "llama-server", "-m", args.models / gguf, "-t", args.threads, "--host", "127.0.0.1",
                        "--port", self.port, "-np", users, "-c", POSITIONS * users, "--no-webui"]
