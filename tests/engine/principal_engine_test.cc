@@ -16,6 +16,7 @@ namespace {
 struct Case {
   double ratio;
   int cap;
+  int bits = 16;
 };
 
 // Segments of 32 tokens, so that prompts and answers of the default model's 512 positions have many of them.
@@ -27,6 +28,7 @@ class PrincipalEngineTest : public BatchingEngineTest, public testing::WithParam
   static BatchingEngineOptions Compressed(int kv_tokens = 8192) {
     BatchingEngineOptions options = Options(kv_tokens);
     options.compression.ratio = GetParam().ratio;
+    options.compression.bits = GetParam().bits;
     options.compression.max_principal_keys = GetParam().cap;
     options.compression.segment_tokens = kSegment;
     options.compression.window_tokens = kSegment;
@@ -44,10 +46,12 @@ class PrincipalEngineTest : public BatchingEngineTest, public testing::WithParam
 };
 INSTANTIATE_TEST_SUITE_P(Settings, PrincipalEngineTest,
                          testing::Values(Case{0.5, 0}, Case{0.25, 0}, Case{0.125, 0}, Case{0.5, 32},
-                                         Case{0.25, 20}, Case{0.125, 12}),
+                                         Case{0.25, 20}, Case{0.125, 12}, Case{0.5, 0, 8}, Case{0.25, 20, 8},
+                                         Case{0.25, 0, 4}, Case{0.5, 32, 4}),
                          [](const auto& info) {
                            return "OneOf" + std::to_string(static_cast<int>(1 / info.param.ratio)) +
-                                  (info.param.cap > 0 ? "Capped" : "");
+                                  (info.param.cap > 0 ? "Capped" : "") +
+                                  (info.param.bits < 16 ? "Bits" + std::to_string(info.param.bits) : "");
                          });
 
 TEST_P(PrincipalEngineTest, HistoryIsCompressedIndeed) {
