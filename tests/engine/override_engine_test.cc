@@ -16,7 +16,7 @@ namespace {
 using testing::HasSubstr;
 
 constexpr int kSegment = 32;
-constexpr int kAnswer = 100;
+constexpr int kAnswer = 70;
 constexpr int kUntouched = 2 * kSegment;  // a window and a segment
 
 CompressionOverride Ratio(double ratio, int bits) {

@@ -128,7 +128,7 @@ TEST_P(PrincipalModelTest, ChunksDecodeAndBatchAreBitwiseTheSame) {
 TEST_P(PrincipalModelTest, DefaultModelChunksDecodeAndBatchAreBitwiseTheSame) {
   PlannedRunner runner(kDefaultModel);
   std::vector<TokenId> tokens = ReadIds(kDefaultModel + "/eval_ids.npy")[0];
-  tokens.resize(200);
+  tokens.resize(150);
   ExpectSameHoweverItIsCut(&runner, Settings(GetParam().ratio, 64, 0, 0, GetParam().bits), tokens);
   ExpectSameHoweverItIsCut(&runner, Settings(GetParam().ratio, 32, 32, 24, GetParam().bits), tokens);
 }
@@ -153,6 +153,28 @@ TEST(PrincipalModel, EntriesOfSixteenBitsAndTheReferenceBackend) {
     const std::vector<TokenId> tokens = RandomTokens(120, runner.config().vocab_size, 8);
     ExpectSameHoweverItIsCut(&runner, Settings(0.25, 32, 16), tokens);
     ExpectSameHoweverItIsCut(&runner, Settings(0.5, 32, 0, 20), tokens);
+  }
+}
+
+// In blocks made for exact tokens pages hold fewer entries, and the same ones.
+TEST(PrincipalModel, BlocksOfAnExactCacheServeToo) {
+  const std::string model = std::string(ATP_SOURCE_DIR) + "/tests/golden/llama3_gqa2_bf16";
+  PlannedRunner large(model), small(model, KvFormat::kF32, "cpu", /*exact_blocks=*/true);
+  ASSERT_LT(small.cache().block_bytes(), large.cache().block_bytes());
+  const std::vector<TokenId> tokens = RandomTokens(200, large.config().vocab_size, 8);
+  for (const int bits : {8, 4}) {
+    const CompressionSettings settings = Settings(0.5, 64, 0, 0, bits);
+    ASSERT_LT(small.Plan(settings)->Page(0)->entries(), large.Plan(settings)->Page(0)->entries());
+    ExpectSameHoweverItIsCut(&small, settings, tokens);
+    const std::vector<float> expected = large.Logits({tokens}, large.Plan(settings), 64)[0];
+    const std::vector<float> actual = small.Logits({tokens}, small.Plan(settings), 64)[0];
+    const std::vector<float> exact = small.Logits({tokens}, nullptr, 64)[0];
+    double apart = 0, compressed = 0;
+    for (size_t p = 0; p < tokens.size(); ++p) {
+      apart += Divergence(&expected[p * small.vocab()], &actual[p * small.vocab()], small.vocab());
+      compressed += Divergence(&expected[p * small.vocab()], &exact[p * small.vocab()], small.vocab());
+    }
+    EXPECT_LT(apart, 1e-4 * compressed);
   }
 }
 
