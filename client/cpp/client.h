@@ -40,9 +40,9 @@ struct Message {
 // How far the request's history is compressed, instead of as the server does it by itself: a preset or a
 // ratio.
 struct Compression {
-  std::string preset;       // "exact", "quality", "balanced" or "compact"; empty: ratio counts
-  double ratio = 0;         // principal entries per token, (0, 1]
-  std::optional<int> bits;  // with a ratio: 16, 8 or 4
+  std::string preset;                      // "exact", "quality", "balanced" or "compact"; empty: ratio counts
+  double ratio = 0;                        // principal entries per token, (0, 1]
+  std::optional<int> bits = std::nullopt;  // with a ratio: 16, 8 or 4
 };
 
 // What is not set has the server's default.

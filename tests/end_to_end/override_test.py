@@ -46,7 +46,8 @@ class Override(unittest.TestCase):
         with Server(settings=SETTINGS) as server:  # the default model has budgets: balanced
             texts = self.compare(server)
             self.assertEqual(texts[0], texts[3], "balanced is the default")
-            self.assertEqual(len({str(t) for t in texts}), len(KINDS), "all others differ")
+            self.assertEqual(texts[0], texts[6], "and half, with the server's bits")
+            self.assertEqual(len({str(t) for t in texts}), len(KINDS) - 1, "all others differ")
             self.assertGreater(server.metric("atp_tokens_compressed_total"), 0)
             server.assert_idle()
 
@@ -54,7 +55,8 @@ class Override(unittest.TestCase):
         with Server(settings=SETTINGS + ["atp.preset=exact"]) as server:
             texts = self.compare(server)
             self.assertEqual(texts[0], texts[1], "exact is the default")
-            self.assertEqual(len({str(t) for t in texts}), len(KINDS))
+            self.assertEqual(texts[2], texts[6], "a ratio has 8 bits here")
+            self.assertEqual(len({str(t) for t in texts}), len(KINDS) - 1, "all others differ")
             server.assert_idle()
 
     def test_chat(self):
