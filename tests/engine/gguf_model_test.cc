@@ -45,7 +45,7 @@ std::vector<TokenId> Prompt(size_t vocab) {
 
 std::vector<float> LogitsOf(const std::string& model, std::optional<DType> dtype = std::nullopt,
                             const std::string& device = "cpu") {
-  PlannedRunner runner(model, KvFormat::kF32, device, dtype);
+  PlannedRunner runner(model, KvFormat::kF32, device, /*exact_blocks=*/false, dtype);
   return runner.Logits({Prompt(runner.vocab())}, nullptr, 64)[0];
 }
 
@@ -75,7 +75,7 @@ TEST_F(GgufModelTest, QuantisedOnceIsQuantisedAtLoad) {
     SCOPED_TRACE(Name(dtype));
     const std::string out = dir_ + "/" + std::string(Name(dtype));
     ASSERT_EQ(QuantizeModel(in, out, dtype, nullptr), absl::OkStatus());
-    PlannedRunner from_file(out), converted(in, KvFormat::kF32, "cpu", dtype);
+    PlannedRunner from_file(out), converted(in, KvFormat::kF32, "cpu", /*exact_blocks=*/false, dtype);
     EXPECT_EQ(from_file.model().weight_dtype(), dtype);
     EXPECT_EQ(from_file.model().weight_bytes(), converted.model().weight_bytes());
     const std::vector<TokenId> prompt = Prompt(from_file.vocab());
