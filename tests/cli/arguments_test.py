@@ -49,7 +49,7 @@ class BadArguments(unittest.TestCase):
         self.assertIn(says, done.stderr, args)
 
     def test_commands(self):
-        self.check(says="serve, generate, eval, calibrate or bench")
+        self.check(says="serve, generate, eval, calibrate, bench or quantize")
         self.check("sreve", says="sreve")
         self.check("serve", "--bogus", says="--bogus")
         self.check("serve", "extra", says="extra")
