@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 // math-inl.h after highway.h.
 // clang-format off
@@ -33,6 +34,10 @@ struct Tile {
   const float* log_mass[kTileSlices];  // [16], or null: all zero
   int head_dim;
   uint64_t present;  // bit e: entry e is there
+  // The tile behind this one. Its cache lines are asked for one by one between the multiplications: the
+  // hardware does not foresee the change of blocks, and asking for all at once would wait for them.
+  const T* next_keys[kTileSlices];
+  const T* next_values[kTileSlices];
 };
 
 using SliceTag = hn::CappedTag<float, kSlice>;
@@ -60,9 +65,10 @@ HWY_INLINE void Scores(const Tile<T>& tile, int slice, const float* query, size_
   using V = hn::Vec<SliceTag>;
   constexpr int kVectors = N * kSliceVectors;
   V acc[M][kVectors];
-  const T* keys[N];
+  const T *keys[N], *next[N];
   ATP_UNROLL for (int n = 0; n < N; ++n) {
     keys[n] = tile.keys[slice + n];
+    next[n] = tile.next_keys[slice + n];
     const float* log_mass = tile.log_mass[slice + n];
     ATP_UNROLL for (int v = 0; v < kSliceVectors; ++v) {
       const V bias = log_mass != nullptr ? hn::LoadU(d, log_mass + v * kSliceLanes) : hn::Zero(d);
@@ -71,6 +77,7 @@ HWY_INLINE void Scores(const Tile<T>& tile, int slice, const float* query, size_
   }
   const size_t stride = tile.key_stride;
   for (int i = 0; i < tile.head_dim; ++i) {
+    ATP_UNROLL for (int n = 0; n < N; ++n) hwy::Prefetch(next[n] + i * stride);
     V key[kVectors];
     ATP_UNROLL for (int v = 0; v < kVectors; ++v) {
       key[v] = LoadFloats(d, keys[v / kSliceVectors] + i * stride + v % kSliceVectors * kSliceLanes);
@@ -151,7 +158,9 @@ HWY_INLINE void AddValues(D d, const Tile<T>& tile, const EntryList& list, int i
   }
   for (int k = 0; k < list.count; ++k) {
     const int entry = list.entries[k];
-    const T* row = tile.values[entry / kSlice] + static_cast<size_t>(entry % kSlice) * tile.head_dim + i;
+    const size_t offset = static_cast<size_t>(entry % kSlice) * tile.head_dim + i;
+    const T* row = tile.values[entry / kSlice] + offset;
+    hwy::Prefetch(tile.next_values[entry / kSlice] + offset);
     V value[N];
     ATP_UNROLL for (int n = 0; n < N; ++n) value[n] = LoadFloats(d, row + n * lanes);
     ATP_UNROLL for (int q = 0; q < M; ++q) {

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "kernels/cpu/attention_state.h"
+#include "kernels/cpu/attention_vnni.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/dtype.h"
 
@@ -62,6 +63,7 @@ struct PartScratch {
   float* keys;    // [head_dim, 64] and
   float* values;  // [64, head_dim]: a tile of integers, as fp32
   int* limit;     // [queries]
+  IntegerOperands integers;
 };
 
 }  // namespace atp::cpu
@@ -81,98 +83,151 @@ struct EntryRun {
   const std::byte* Block(int entry) const {
     return pool->data + static_cast<size_t>(blocks[entry / page->entries()]) * pool->block_bytes;
   }
+  const float* LogMass(int entry) const {
+    return reinterpret_cast<const float*>(Block(entry) + page->log_mass_offset()) + entry % page->entries();
+  }
 };
 
-// Asks for the tile behind the one at `entry`, while that one is worked on.
-HWY_INLINE void PrefetchNext(const EntryRun& run, int entry) {
-  const int entries = run.page->entries();
-  const int end = std::min(run.count, entry + 2 * kTile);
-  for (int next = CeilDiv(entry + kTile, entries) * entries; next < end; next += entries) {
-    const std::byte* block = run.Block(next);
-    for (size_t at = 0; at < run.page->bytes(); at += 64) hwy::Prefetch(block + at);
+// The blocks that begin in the tile behind the one at `entry`.
+HWY_INLINE NextLines LinesBehind(const EntryRun& run, int entry) {
+  NextLines lines;
+  const int entries = run.page->entries(), end = std::min(run.count, entry + 2 * kTile);
+  lines.bytes = static_cast<int>(run.page->bytes());
+  for (int at = CeilDiv(entry + kTile, entries) * entries; at < end; at += entries) {
+    lines.block[lines.blocks++] = run.Block(at);
   }
+  return lines;
 }
 
-// Padding of a principal block has log mass -inf; its key and value are whatever was there before.
-template <typename T>
-HWY_INLINE void SetPresent(const EntryRun& run, int entry, Tile<T>& tile) {
+// Which entries of a tile are there. Padding of a principal block has log mass -inf; its key and value are
+// whatever was there before.
+HWY_INLINE uint64_t Present(const EntryRun& run, int entry) {
   const int count = std::min(kTile, run.count - entry);
-  tile.present = Visible(~uint64_t{0}, count);
-  if (!run.page->with_log_mass()) return;
-  for (int e = 0; e < count; e += kSlice) {
-    const float* log_mass = tile.log_mass[e / kSlice];
-    const SliceTag d;
-    uint64_t padding = 0;
-    for (int i = 0; i < kSlice; i += kSliceLanes) {
-      uint8_t bits[8] = {};
-      hn::StoreMaskBits(d, hn::Eq(hn::LoadU(d, log_mass + i), hn::Set(d, kMinusInfinity)), bits);
-      padding |= (bits[0] | uint64_t{bits[1]} << 8) << i;
-    }
-    tile.present &= ~(padding << e);
+  uint64_t present = Visible(~uint64_t{0}, count);
+  if (!run.page->with_log_mass()) return present;
+  const SliceTag d;
+  for (int e = 0; e < count; e += kSliceLanes) {
+    uint8_t bits[8] = {};
+    const float* log_mass = run.LogMass(entry + e / kSlice * kSlice) + e % kSlice;
+    hn::StoreMaskBits(d, hn::Eq(hn::LoadU(d, log_mass), hn::Set(d, kMinusInfinity)), bits);
+    present &= ~((bits[0] | uint64_t{bits[1]} << 8) << e);
+  }
+  return present;
+}
+
+// Where entries [entry, entry + 64) of a run lie, as far as there are so many.
+template <typename T>
+HWY_INLINE void Locate(const EntryRun& run, int entry, const T* (&keys)[kTileSlices],
+                       const T* (&values)[kTileSlices]) {
+  for (int s = 0; s < kTileSlices && entry + s * kSlice < run.count; ++s) {
+    const std::byte* block = run.Block(entry + s * kSlice);
+    const int offset = (entry + s * kSlice) % run.page->entries();
+    keys[s] = reinterpret_cast<const T*>(block + run.page->key_offset()) + offset;
+    values[s] = reinterpret_cast<const T*>(block + run.page->value_offset()) +
+                static_cast<size_t>(offset) * run.page->head_dim();
   }
 }
 
-// Entries [entry, entry + 64) of a run, as far as there are so many. Stored: what lies in the blocks; T: what
-// the arithmetic reads, float where integers are unpacked first.
+// Stored: what lies in the blocks; T: what the arithmetic reads, float where integers are unpacked first.
 template <typename T, typename Stored>
 HWY_INLINE Tile<T> TileAt(const EntryRun& run, int entry, const PartScratch& scratch) {
   const KvPage& page = *run.page;
-  const int head_dim = page.head_dim();
   Tile<T> tile;
-  tile.head_dim = head_dim;
-  for (int s = 0; s < kTileSlices && entry + s * kSlice < run.count; ++s) {
-    const std::byte* block = run.Block(entry + s * kSlice);
-    const int offset = (entry + s * kSlice) % page.entries();
-    if constexpr (std::is_same_v<T, Stored>) {
-      tile.key_stride = static_cast<size_t>(page.entries());
-      tile.keys[s] = reinterpret_cast<const T*>(block + page.key_offset()) + offset;
-      tile.values[s] =
-          reinterpret_cast<const T*>(block + page.value_offset()) + static_cast<size_t>(offset) * head_dim;
-    } else {
-      float* keys = scratch.keys + s * kSlice;
-      float* values = scratch.values + s * kSlice * head_dim;
-      UnpackSlice<Stored>(page, block, offset, keys, values);
-      tile.key_stride = kTile;
-      tile.keys[s] = keys;
-      tile.values[s] = values;
-    }
-    tile.log_mass[s] = page.with_log_mass()
-                           ? reinterpret_cast<const float*>(block + page.log_mass_offset()) + offset
-                           : nullptr;
+  tile.head_dim = page.head_dim();
+  tile.present = Present(run, entry);
+  if constexpr (std::is_same_v<T, Stored>) {
+    tile.key_stride = static_cast<size_t>(page.entries());
+    Locate(run, entry, tile.keys, tile.values);
+  } else {
+    for (NextLines lines = LinesBehind(run, entry); lines.Prefetch();) continue;
+    tile.key_stride = kTile;
   }
-  SetPresent(run, entry, tile);
+  for (int s = 0; s < kTileSlices && entry + s * kSlice < run.count; ++s) {
+    const int first = entry + s * kSlice;
+    tile.log_mass[s] = page.with_log_mass() ? run.LogMass(first) : nullptr;
+    if constexpr (!std::is_same_v<T, Stored>) {
+      tile.keys[s] = scratch.keys + s * kSlice;
+      tile.values[s] = scratch.values + s * kSlice * tile.head_dim;
+      UnpackSlice<Stored>(page, run.Block(first), first % page.entries(), scratch.keys + s * kSlice,
+                          scratch.values + s * kSlice * tile.head_dim);
+    }
+    tile.next_keys[s] = tile.keys[s];
+    tile.next_values[s] = tile.values[s];
+  }
+  if constexpr (std::is_same_v<T, Stored>) Locate(run, entry + kTile, tile.next_keys, tile.next_values);
   return tile;
 }
 
-// Tiles [begin, end) of a run. before: how many exact entries the part's first row sees besides its own; rows
-// of principal entries see all, before < 0.
+// The queries of a part, and how many exact entries its first row sees besides its own; rows of principal
+// entries see all, before < 0.
+struct Rows {
+  int queries;
+  int group;
+  int before;
+};
+
+// How many entries of a tile each query may see, or null: all.
+HWY_INLINE const int* Limits(const Rows& rows, int entry, int* limit) {
+  if (rows.before < 0 || rows.before + 1 >= entry + kTile) return nullptr;
+  for (int q = 0; q < rows.queries; ++q) limit[q] = rows.before + q / rows.group + 1 - entry;
+  return limit;
+}
+
+// Tiles [begin, end) of a run.
 template <typename T, typename Stored>
-HWY_NOINLINE void AttendTiles(const EntryRun& run, int begin, int end, int before, int group, int queries,
+HWY_NOINLINE void AttendTiles(const EntryRun& run, int begin, int end, const Rows& rows,
                               const PartScratch& scratch) {
-  for (int t = begin; t < end; ++t) {
-    const int entry = t * kTile;
-    PrefetchNext(run, entry);
+  for (int entry = begin * kTile; entry < end * kTile; entry += kTile) {
     const Tile<T> tile = TileAt<T, Stored>(run, entry, scratch);
-    const int* limit = nullptr;
-    if (before >= 0 && before + 1 < entry + kTile) {
-      for (int q = 0; q < queries; ++q) scratch.limit[q] = before + q / group + 1 - entry;
-      limit = scratch.limit;
-    }
-    UpdateAll(tile, scratch.state, limit, queries);
+    UpdateAll(tile, scratch.state, Limits(rows, entry, scratch.limit), rows.queries);
   }
 }
 
-void AttendRun(const EntryRun& run, int begin, int end, int before, int group, int queries,
-               const PartScratch& scratch) {
+#if HWY_TARGET == HWY_AVX3
+HWY_NOINLINE void AttendIntegers(const EntryRun& run, int begin, int end, const Rows& rows,
+                                 PartScratch& scratch) {
+  const AttentionState& state = scratch.state;
+  IntegerTile tile;
+  tile.page = run.page;
+  for (int entry = begin * kTile; entry < end * kTile; entry += kTile) {
+    tile.slices = CeilDiv(std::min(kTile, run.count - entry), kSlice);
+    tile.present = Present(run, entry);
+    for (int s = 0; s < tile.slices; ++s) {
+      tile.block[s] = run.Block(entry + s * kSlice);
+      tile.offset[s] = (entry + s * kSlice) % run.page->entries();
+    }
+    UnpackIntegerTile(tile, scratch.integers);
+    scratch.integers.next = LinesBehind(run, entry);
+    const int* limit = Limits(rows, entry, scratch.limit);
+    for (int first = 0; first < rows.queries; first += 8) {
+      const int count = std::min(8, rows.queries - first);
+      alignas(64) float p[8][kTile];
+      float shrink[8];
+      IntegerScores(scratch.integers, tile.slices, first, count, p);
+      for (int q = 0; q < count; ++q) {
+        const uint64_t visible = limit == nullptr ? tile.present : Visible(tile.present, limit[first + q]);
+        shrink[q] = SoftmaxStep(visible, p[q], state.maximum[first + q], state.total + (first + q) * kSlice);
+      }
+      IntegerValues(scratch.integers, tile.slices, count, p, shrink, state.sum + first * state.dim);
+    }
+    while (scratch.integers.next.Prefetch()) continue;
+  }
+}
+#endif
+
+void AttendRun(const EntryRun& run, int begin, int end, const Rows& rows, PartScratch& scratch) {
+#if HWY_TARGET == HWY_AVX3
+  if (VnniSupports(*run.page)) return AttendIntegers(run, begin, end, rows, scratch);
+#endif
   switch (run.page->format()) {
     case KvFormat::kF32:
-      return AttendTiles<float, float>(run, begin, end, before, group, queries, scratch);
+      return AttendTiles<float, float>(run, begin, end, rows, scratch);
     case KvFormat::kBF16:
-      return AttendTiles<hwy::bfloat16_t, hwy::bfloat16_t>(run, begin, end, before, group, queries, scratch);
+      return AttendTiles<hwy::bfloat16_t, hwy::bfloat16_t>(run, begin, end, rows, scratch);
     case KvFormat::kInt8:
-      return AttendTiles<float, int8_t>(run, begin, end, before, group, queries, scratch);
+      return AttendTiles<float, int8_t>(run, begin, end, rows, scratch);
     case KvFormat::kInt4:
-      return AttendTiles<float, uint8_t>(run, begin, end, before, group, queries, scratch);
+      return AttendTiles<float, uint8_t>(run, begin, end, rows, scratch);
   }
 }
 
@@ -227,7 +282,8 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, float* memo
   scratch.state.query = scratch.values + dim * kTile;
   memory = PlaceState(scratch.state.query + queries * dim, queries, scratch.state);
   memory = PlaceState(memory, queries, scratch.merged);
-  scratch.limit = reinterpret_cast<int*>(memory);
+  PlaceIntegerOperands(memory, queries, head_dim, scratch.integers);
+  scratch.limit = reinterpret_cast<int*>(memory + IntegerOperandFloats(queries, head_dim));
   if (part.partial != nullptr) PlaceState(part.partial, queries, scratch.state);
   for (int q = 0; q < queries; ++q) {
     const float* query = args.query + QueryOffset(args, part, q);
@@ -237,6 +293,11 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, float* memo
   const EntryRun principal{&args.pool, head.principal_page, head.principal, head.principal_entries};
   const int seen = ExactSeen(part), before = seen - (part.row_end - part.row_begin);
   const EntryRun exact{&args.pool, args.pool.exact, head.exact, seen};
+#if HWY_TARGET == HWY_AVX3
+  if ((principal.count > 0 && VnniSupports(*principal.page)) || VnniSupports(*exact.page)) {
+    QuantizeQueries(scratch.state, queries, scratch.integers);
+  }
+#endif
   const int first_exact = CeilDiv(principal.count, kTile);
   const int tiles = first_exact + CeilDiv(seen, kTile);
   ClearState(scratch.merged, queries);
@@ -244,11 +305,11 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, float* memo
     const int begin = chunk * kTilesPerChunk, end = std::min(tiles, begin + kTilesPerChunk);
     ClearState(scratch.state, queries);
     if (begin < first_exact) {
-      AttendRun(principal, begin, std::min(end, first_exact), -1, group, queries, scratch);
+      AttendRun(principal, begin, std::min(end, first_exact), {queries, group, -1}, scratch);
     }
     if (end > first_exact) {
-      AttendRun(exact, std::max(begin, first_exact) - first_exact, end - first_exact, before, group, queries,
-                scratch);
+      AttendRun(exact, std::max(begin, first_exact) - first_exact, end - first_exact,
+                {queries, group, before}, scratch);
     }
     if (part.partial == nullptr) MergeState(scratch.state, scratch.merged, queries);
   }
@@ -291,7 +352,8 @@ size_t AttentionPartialFloats(int queries, int head_dim) {
 size_t AttentionScratchFloats(int group, int head_dim) {
   const size_t queries = static_cast<size_t>(AttentionRowsPerPart(group)) * group;
   const size_t dim = AlignedDim(head_dim);
-  return 2 * kTile * dim + queries * (dim + 1) + 2 * StateFloats(queries, dim);
+  return 2 * kTile * dim + queries * (dim + 1) + 2 * StateFloats(queries, dim) +
+         IntegerOperandFloats(static_cast<int>(queries), head_dim);
 }
 
 HWY_EXPORT(Attention);
