@@ -54,7 +54,8 @@ struct CompressionShape {
 };
 
 // The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
-// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
+// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4, but never more than exact
+// ones have.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,

@@ -101,7 +101,13 @@ HWY_INLINE float SoftmaxStep(uint64_t visible, float (&scores)[kTile], float& ma
   using V = hn::Vec<SliceTag>;
   constexpr int kVectors = kTile / kSliceLanes;
   if (visible != ~uint64_t{0}) {
-    for (int e = 0; e < kTile; ++e) scores[e] = (visible >> e) & 1 ? scores[e] : kMinusInfinity;
+    const hn::RebindToUnsigned<SliceTag> bits;
+    const auto bit_of_lane = hn::Shl(hn::Set(bits, 1u), hn::Iota(bits, 0));
+    for (int e = 0; e < kTile; e += kSliceLanes) {
+      const auto lanes = hn::Set(bits, static_cast<uint32_t>(visible >> e));
+      const auto seen = hn::RebindMask(d, hn::TestBit(lanes, bit_of_lane));
+      hn::Store(hn::IfThenElse(seen, hn::Load(d, scores + e), hn::Set(d, kMinusInfinity)), d, scores + e);
+    }
   }
   V largest = hn::Load(d, scores);
   for (int v = 1; v < kVectors; ++v) largest = hn::Max(largest, hn::Load(d, scores + v * kSliceLanes));

@@ -79,82 +79,82 @@ struct EntryRun {
   const KvPage* page;
   const BlockId* blocks;
   int count;
+  TilePlace behind;  // what is worked on next
 
-  const std::byte* Block(int entry) const {
-    return pool->data + static_cast<size_t>(blocks[entry / page->entries()]) * pool->block_bytes;
-  }
-  const float* LogMass(int entry) const {
-    return reinterpret_cast<const float*>(Block(entry) + page->log_mass_offset()) + entry % page->entries();
+  // The tile from `entry` on, or what is behind the last one.
+  TilePlace Place(int entry) const {
+    if (entry >= count) return behind;
+    TilePlace tile;
+    tile.page = page;
+    tile.slices = CeilDiv(std::min(kTile, count - entry), kSlice);
+    int block = entry / page->entries(), offset = entry % page->entries();
+    for (int s = 0; s < tile.slices; ++s, offset += kSlice) {
+      if (offset == page->entries()) offset = 0, ++block;
+      tile.block[s] = pool->data + static_cast<size_t>(blocks[block]) * pool->block_bytes;
+      tile.offset[s] = offset;
+    }
+    return tile;
   }
 };
 
-// The blocks that begin in the tile behind the one at `entry`.
-HWY_INLINE NextLines LinesBehind(const EntryRun& run, int entry) {
-  NextLines lines;
-  const int entries = run.page->entries(), end = std::min(run.count, entry + 2 * kTile);
-  lines.bytes = static_cast<int>(run.page->bytes());
-  for (int at = CeilDiv(entry + kTile, entries) * entries; at < end; at += entries) {
-    lines.block[lines.blocks++] = run.Block(at);
-  }
-  return lines;
-}
-
-// Which entries of a tile are there. Padding of a principal block has log mass -inf; its key and value are
-// whatever was there before.
-HWY_INLINE uint64_t Present(const EntryRun& run, int entry) {
-  const int count = std::min(kTile, run.count - entry);
+// Which of a tile's first `count` entries are there. Padding of a principal block has log mass -inf; its key
+// and value are whatever was there before.
+HWY_INLINE uint64_t Present(const TilePlace& tile, int count) {
   uint64_t present = Visible(~uint64_t{0}, count);
-  if (!run.page->with_log_mass()) return present;
+  if (!tile.page->with_log_mass()) return present;
   const SliceTag d;
-  for (int e = 0; e < count; e += kSliceLanes) {
-    uint8_t bits[8] = {};
-    const float* log_mass = run.LogMass(entry + e / kSlice * kSlice) + e % kSlice;
-    hn::StoreMaskBits(d, hn::Eq(hn::LoadU(d, log_mass), hn::Set(d, kMinusInfinity)), bits);
-    present &= ~((bits[0] | uint64_t{bits[1]} << 8) << e);
+  for (int s = 0; s < tile.slices; ++s) {
+    const float* log_mass = tile.LogMass(s);
+    for (int i = 0; i < kSlice; i += kSliceLanes) {
+      uint8_t bits[8] = {};
+      hn::StoreMaskBits(d, hn::Eq(hn::LoadU(d, log_mass + i), hn::Set(d, kMinusInfinity)), bits);
+      present &= ~((bits[0] | uint64_t{bits[1]} << 8) << (s * kSlice + i));
+    }
   }
   return present;
 }
 
-// Where entries [entry, entry + 64) of a run lie, as far as there are so many.
 template <typename T>
-HWY_INLINE void Locate(const EntryRun& run, int entry, const T* (&keys)[kTileSlices],
+HWY_INLINE void Locate(const TilePlace& place, const T* (&keys)[kTileSlices],
                        const T* (&values)[kTileSlices]) {
-  for (int s = 0; s < kTileSlices && entry + s * kSlice < run.count; ++s) {
-    const std::byte* block = run.Block(entry + s * kSlice);
-    const int offset = (entry + s * kSlice) % run.page->entries();
-    keys[s] = reinterpret_cast<const T*>(block + run.page->key_offset()) + offset;
-    values[s] = reinterpret_cast<const T*>(block + run.page->value_offset()) +
-                static_cast<size_t>(offset) * run.page->head_dim();
+  for (int s = 0; s < place.slices; ++s) {
+    keys[s] = reinterpret_cast<const T*>(place.block[s] + place.page->key_offset()) + place.offset[s];
+    values[s] = reinterpret_cast<const T*>(place.block[s] + place.page->value_offset()) +
+                static_cast<size_t>(place.offset[s]) * place.page->head_dim();
   }
 }
 
 // Stored: what lies in the blocks; T: what the arithmetic reads, float where integers are unpacked first.
 template <typename T, typename Stored>
-HWY_INLINE Tile<T> TileAt(const EntryRun& run, int entry, const PartScratch& scratch) {
-  const KvPage& page = *run.page;
+HWY_INLINE Tile<T> TileAt(const TilePlace& place, const TilePlace& next, const PartScratch& scratch) {
+  const KvPage& page = *place.page;
   Tile<T> tile;
   tile.head_dim = page.head_dim();
-  tile.present = Present(run, entry);
+  tile.present = place.present;
   if constexpr (std::is_same_v<T, Stored>) {
     tile.key_stride = static_cast<size_t>(page.entries());
-    Locate(run, entry, tile.keys, tile.values);
+    Locate(place, tile.keys, tile.values);
   } else {
-    for (NextLines lines = LinesBehind(run, entry); lines.Prefetch();) continue;
     tile.key_stride = kTile;
   }
-  for (int s = 0; s < kTileSlices && entry + s * kSlice < run.count; ++s) {
-    const int first = entry + s * kSlice;
-    tile.log_mass[s] = page.with_log_mass() ? run.LogMass(first) : nullptr;
+  for (int s = 0; s < place.slices; ++s) {
+    tile.log_mass[s] = place.LogMass(s);
     if constexpr (!std::is_same_v<T, Stored>) {
-      tile.keys[s] = scratch.keys + s * kSlice;
-      tile.values[s] = scratch.values + s * kSlice * tile.head_dim;
-      UnpackSlice<Stored>(page, run.Block(first), first % page.entries(), scratch.keys + s * kSlice,
-                          scratch.values + s * kSlice * tile.head_dim);
+      float* keys = scratch.keys + s * kSlice;
+      float* values = scratch.values + s * kSlice * tile.head_dim;
+      UnpackSlice<Stored>(page, place.block[s], place.offset[s], keys, values);
+      tile.keys[s] = keys;
+      tile.values[s] = values;
     }
     tile.next_keys[s] = tile.keys[s];
     tile.next_values[s] = tile.values[s];
   }
-  if constexpr (std::is_same_v<T, Stored>) Locate(run, entry + kTile, tile.next_keys, tile.next_values);
+  if (std::is_same_v<T, Stored> && next.slices > 0 && next.page->format() == page.format() &&
+      next.page->entries() == page.entries()) {
+    Locate(next, tile.next_keys, tile.next_values);
+  } else {
+    NextLines(next).PrefetchAll();
+  }
   return tile;
 }
 
@@ -177,40 +177,44 @@ HWY_INLINE const int* Limits(const Rows& rows, int entry, int* limit) {
 template <typename T, typename Stored>
 HWY_NOINLINE void AttendTiles(const EntryRun& run, int begin, int end, const Rows& rows,
                               const PartScratch& scratch) {
+  TilePlace next = run.Place(begin * kTile);
   for (int entry = begin * kTile; entry < end * kTile; entry += kTile) {
-    const Tile<T> tile = TileAt<T, Stored>(run, entry, scratch);
+    TilePlace place = next;
+    place.present = Present(place, run.count - entry);
+    next = run.Place(entry + kTile);
+    const Tile<T> tile = TileAt<T, Stored>(place, next, scratch);
     UpdateAll(tile, scratch.state, Limits(rows, entry, scratch.limit), rows.queries);
   }
 }
 
 #if HWY_TARGET == HWY_AVX3
+// Up to 8 queries of a tile that is unpacked in `operands`.
+HWY_INLINE void UpdateIntegers(const TilePlace& tile, const AttentionState& state, const int* limit,
+                               int first, int count, IntegerOperands& operands) {
+  alignas(64) float p[8][kTile];
+  float shrink[8];
+  IntegerScores(operands, tile.slices, first, count, p);
+  for (int q = 0; q < count; ++q) {
+    const uint64_t visible = limit == nullptr ? tile.present : Visible(tile.present, limit[first + q]);
+    shrink[q] = SoftmaxStep(visible, p[q], state.maximum[first + q], state.total + (first + q) * kSlice);
+  }
+  IntegerValues(operands, tile.slices, count, p, shrink, state.sum + first * state.dim);
+}
+
 HWY_NOINLINE void AttendIntegers(const EntryRun& run, int begin, int end, const Rows& rows,
                                  PartScratch& scratch) {
-  const AttentionState& state = scratch.state;
-  IntegerTile tile;
-  tile.page = run.page;
+  TilePlace next = run.Place(begin * kTile);
   for (int entry = begin * kTile; entry < end * kTile; entry += kTile) {
-    tile.slices = CeilDiv(std::min(kTile, run.count - entry), kSlice);
-    tile.present = Present(run, entry);
-    for (int s = 0; s < tile.slices; ++s) {
-      tile.block[s] = run.Block(entry + s * kSlice);
-      tile.offset[s] = (entry + s * kSlice) % run.page->entries();
-    }
+    TilePlace tile = next;
+    tile.present = Present(tile, run.count - entry);
+    next = run.Place(entry + kTile);
     UnpackIntegerTile(tile, scratch.integers);
-    scratch.integers.next = LinesBehind(run, entry);
+    scratch.integers.next = NextLines(next);
     const int* limit = Limits(rows, entry, scratch.limit);
     for (int first = 0; first < rows.queries; first += 8) {
-      const int count = std::min(8, rows.queries - first);
-      alignas(64) float p[8][kTile];
-      float shrink[8];
-      IntegerScores(scratch.integers, tile.slices, first, count, p);
-      for (int q = 0; q < count; ++q) {
-        const uint64_t visible = limit == nullptr ? tile.present : Visible(tile.present, limit[first + q]);
-        shrink[q] = SoftmaxStep(visible, p[q], state.maximum[first + q], state.total + (first + q) * kSlice);
-      }
-      IntegerValues(scratch.integers, tile.slices, count, p, shrink, state.sum + first * state.dim);
+      UpdateIntegers(tile, scratch.state, limit, first, std::min(8, rows.queries - first), scratch.integers);
     }
-    while (scratch.integers.next.Prefetch()) continue;
+    scratch.integers.next.PrefetchAll();
   }
 }
 #endif
@@ -270,7 +274,22 @@ void WriteOut(const AttentionArgs& args, const AttentionPart& part, const Attent
   }
 }
 
-void Attention(const AttentionArgs& args, const AttentionPart& part, float* memory) {
+// The runs of a part. Behind the exact entries comes, perhaps, the next part.
+EntryRun ExactRun(const AttentionArgs& args, const AttentionPart& part) {
+  return {&args.pool, args.pool.exact, part.sequence->heads[part.kv_head].exact, ExactSeen(part), {}};
+}
+EntryRun PrincipalRun(const AttentionArgs& args, const AttentionPart& part, const EntryRun& exact) {
+  const KvHeadBlocks& head = part.sequence->heads[part.kv_head];
+  const int first_exact = part.chunk_begin * kTilesPerChunk - CeilDiv(head.principal_entries, kTile);
+  return {&args.pool, head.principal_page, head.principal, head.principal_entries,
+          exact.Place(std::max(0, first_exact) * kTile)};
+}
+TilePlace FirstTile(const AttentionArgs& args, const AttentionPart& part) {
+  return PrincipalRun(args, part, ExactRun(args, part)).Place(part.chunk_begin * kTilesPerChunk * kTile);
+}
+
+void Attention(const AttentionArgs& args, const AttentionPart& part, const AttentionPart* next,
+               float* memory) {
   const int head_dim = args.pool.exact->head_dim();
   const int group = args.heads / args.kv_heads;
   const int queries = (part.row_end - part.row_begin) * group;
@@ -289,16 +308,17 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, float* memo
     const float* query = args.query + QueryOffset(args, part, q);
     for (int i = 0; i < head_dim; ++i) scratch.state.query[q * dim + i] = query[i] * args.scale;
   }
-  const KvHeadBlocks& head = part.sequence->heads[part.kv_head];
-  const EntryRun principal{&args.pool, head.principal_page, head.principal, head.principal_entries};
   const int seen = ExactSeen(part), before = seen - (part.row_end - part.row_begin);
-  const EntryRun exact{&args.pool, args.pool.exact, head.exact, seen};
+  EntryRun exact = ExactRun(args, part);
+  const EntryRun principal = PrincipalRun(args, part, exact);
+  if (next != nullptr) exact.behind = FirstTile(args, *next);
 #if HWY_TARGET == HWY_AVX3
   if ((principal.count > 0 && VnniSupports(*principal.page)) || VnniSupports(*exact.page)) {
     QuantizeQueries(scratch.state, queries, scratch.integers);
   }
 #endif
   const int first_exact = CeilDiv(principal.count, kTile);
+  NextLines(FirstTile(args, part)).PrefetchAll();
   const int tiles = first_exact + CeilDiv(seen, kTile);
   ClearState(scratch.merged, queries);
   for (int chunk = part.chunk_begin; chunk < part.chunk_end; ++chunk) {
@@ -359,6 +379,6 @@ size_t AttentionScratchFloats(int group, int head_dim) {
 HWY_EXPORT(Attention);
 AttentionFn AttentionFor(int64_t target) { return ATP_FUNCTION_FOR(target, Attention); }
 HWY_EXPORT(MergeAttention);
-AttentionFn MergeAttentionFor(int64_t target) { return ATP_FUNCTION_FOR(target, MergeAttention); }
+MergeAttentionFn MergeAttentionFor(int64_t target) { return ATP_FUNCTION_FOR(target, MergeAttention); }
 }  // namespace atp::cpu
 #endif

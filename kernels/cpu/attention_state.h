@@ -3,7 +3,10 @@
 #define ATP_KERNELS_CPU_ATTENTION_STATE_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <limits>
+
+#include "kernels/kv_page.h"
 
 namespace atp::cpu {
 
@@ -22,6 +25,21 @@ struct AttentionState {
   float* total;    // [queries, 16], Σ p in 16 lanes
   float* maximum;  // [queries]
   size_t dim;
+};
+
+// Where a tile's slices of 16 entries lie.
+struct TilePlace {
+  const KvPage* page;
+  const std::byte* block[kTileSlices];
+  int offset[kTileSlices];  // of the slice's first entry in its block
+  int slices = 0;
+  uint64_t present = 0;  // bit e: entry e is there
+
+  // Null: all zero.
+  const float* LogMass(int slice) const {
+    if (!page->with_log_mass()) return nullptr;
+    return reinterpret_cast<const float*>(block[slice] + page->log_mass_offset()) + offset[slice];
+  }
 };
 
 inline size_t AlignedDim(int head_dim) { return (static_cast<size_t>(head_dim) + 15) / 16 * 16; }

@@ -115,7 +115,7 @@ __m512i Int4Keys(const uint8_t* rows, size_t stride) {
 }
 
 template <bool kInt4>
-void UnpackKeys(const IntegerTile& tile, IntegerOperands& operands) {
+void UnpackKeys(const TilePlace& tile, IntegerOperands& operands) {
   constexpr size_t kPerByte = kInt4 ? 2 : 1;
   const KvPage& page = *tile.page;
   const size_t stride = static_cast<size_t>(page.entries()) / kPerByte;
@@ -162,7 +162,7 @@ class ValueReader {
 
 // Up to four vectors of 16 dimensions, from `vector` on.
 template <bool kInt4>
-void UnpackValues(const IntegerTile& tile, IntegerOperands& operands, int vector) {
+void UnpackValues(const TilePlace& tile, IntegerOperands& operands, int vector) {
   const KvPage& page = *tile.page;
   const size_t dim = AlignedDim(operands.head_dim);
   const size_t stride = static_cast<size_t>(operands.head_dim) / (kInt4 ? 2 : 1);
@@ -193,7 +193,7 @@ void UnpackValues(const IntegerTile& tile, IntegerOperands& operands, int vector
 }
 
 template <bool kInt4>
-void UnpackMatrices(const IntegerTile& tile, IntegerOperands& operands) {
+void UnpackMatrices(const TilePlace& tile, IntegerOperands& operands) {
   UnpackKeys<kInt4>(tile, operands);
   const int vectors = static_cast<int>(AlignedDim(operands.head_dim)) / 16;
   for (int v = 0; v < vectors; v += 4) UnpackValues<kInt4>(tile, operands, v);
@@ -352,7 +352,7 @@ void ValuesOf(IntegerOperands& operands, int slices, const float (*p)[kTile], co
 
 }  // namespace
 
-void UnpackIntegerTile(const IntegerTile& tile, IntegerOperands& operands) {
+void UnpackIntegerTile(const TilePlace& tile, IntegerOperands& operands) {
   const KvPage& page = *tile.page;
   if (page.format() == KvFormat::kInt4) {
     UnpackMatrices<true>(tile, operands);
@@ -369,10 +369,7 @@ void UnpackIntegerTile(const IntegerTile& tile, IntegerOperands& operands) {
                     LoadScales(tile.block[s] + page.key_scale_offset() + at));
     _mm512_mask_store_ps(operands.value_scale + s * kSlice, present,
                          LoadScales(tile.block[s] + page.value_scale_offset() + at));
-    if (page.with_log_mass()) {
-      operands.log_mass[s] =
-          reinterpret_cast<const float*>(tile.block[s] + page.log_mass_offset()) + tile.offset[s];
-    }
+    operands.log_mass[s] = tile.LogMass(s);
   }
 }
 

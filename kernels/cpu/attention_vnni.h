@@ -10,39 +10,42 @@
 
 #include "hwy/cache_control.h"
 #include "kernels/cpu/attention_state.h"
-#include "kernels/kv_page.h"
 
 namespace atp::cpu {
 
 // Whether this machine has the instructions, and there are kernels for pages like this one.
 bool VnniSupports(const KvPage& page);
 
-// A tile's slices of 16 entries, where they lie.
-struct IntegerTile {
-  const KvPage* page;
-  const std::byte* block[kTileSlices];
-  int offset[kTileSlices];  // of the slice's first entry in its block
-  int slices;
-  uint64_t present;  // bit e: entry e is there
-};
+// The cache lines of the blocks that begin in a tile, asked for one by one between the multiplications of the
+// tile before: for all at once would wait.
+class NextLines {
+ public:
+  NextLines() = default;
+  explicit NextLines(const TilePlace& tile) {
+    for (int s = 0; s < tile.slices; ++s) {
+      if (tile.offset[s] == 0) block_[blocks_++] = tile.block[s];
+    }
+    if (blocks_ > 0) bytes_ = static_cast<int>(tile.page->bytes());
+  }
 
-// The cache lines of the tile behind, asked for one by one between the multiplications: for all at once would
-// wait.
-struct NextLines {
-  const std::byte* block[kTileSlices];
-  int blocks = 0;  // those not asked for yet are [at_block, blocks)
-  int bytes = 0;   // of a block
-  int at_block = 0;
-  int at_byte = 0;
-
-  // True: there was one.
+  // False: there was none left.
   bool Prefetch() {
-    if (at_block >= blocks) return false;
-    hwy::Prefetch(block[at_block] + at_byte);
-    at_byte += 64;
-    if (at_byte >= bytes) at_byte = 0, ++at_block;
+    if (at_block_ >= blocks_) return false;
+    hwy::Prefetch(block_[at_block_] + at_byte_);
+    at_byte_ += 64;
+    if (at_byte_ >= bytes_) at_byte_ = 0, ++at_block_;
     return true;
   }
+  void PrefetchAll() {
+    while (Prefetch()) continue;
+  }
+
+ private:
+  const std::byte* block_[kTileSlices];
+  int blocks_ = 0;
+  int bytes_ = 0;  // of a block
+  int at_block_ = 0;
+  int at_byte_ = 0;
 };
 
 // A part's queries and a tile, as the instructions want them. All 64-byte aligned.
@@ -63,7 +66,7 @@ size_t IntegerOperandFloats(int queries, int head_dim);
 void PlaceIntegerOperands(float* memory, int queries, int head_dim, IntegerOperands& operands);
 
 void QuantizeQueries(const AttentionState& state, int queries, IntegerOperands& operands);
-void UnpackIntegerTile(const IntegerTile& tile, IntegerOperands& operands);
+void UnpackIntegerTile(const TilePlace& tile, IntegerOperands& operands);
 
 // Of `count` <= 8 queries from `first` on, for the entries of the first `slices` slices:
 // scores[q][e] = query[q]·key[e] + log_mass[e].

@@ -69,7 +69,7 @@ class CpuBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
+           desc.block_entries % 16 == 0 && !IsQuantized(desc.weight_dtype);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
@@ -140,7 +140,10 @@ class CpuBackend final : public Backend {
         AttentionScratchFloats(args.heads / args.kv_heads, args.pool.exact->head_dim());
     CutAttention(args);
     pool_.ParallelFor(static_cast<int64_t>(attention_parts_.size()), [&](int64_t index, int thread) {
-      attention_(args, attention_parts_[index], scratch_[thread].Reserve(scratch_floats));
+      const size_t next = static_cast<size_t>(index + pool_.threads());
+      attention_(args, attention_parts_[index],
+                 next < attention_parts_.size() ? &attention_parts_[next] : nullptr,
+                 scratch_[thread].Reserve(scratch_floats));
     });
     pool_.ParallelFor(static_cast<int64_t>(attention_merges_.size()), [&](int64_t index, int thread) {
       merge_attention_(args, attention_merges_[index], scratch_[thread].Reserve(scratch_floats));
@@ -259,7 +262,8 @@ class CpuBackend final : public Backend {
   const SwiGluFn swiglu_;
   const RopeFn rope_;
   const StoreKvFn store_kv_;
-  const AttentionFn attention_, merge_attention_;
+  const AttentionFn attention_;
+  const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.

@@ -57,11 +57,14 @@ int AttentionRowsPerPart(int group);
 int AttentionChunks(const AttentionPart& part);  // chunk_begin, chunk_end and partial are not read
 size_t AttentionPartialFloats(int queries, int head_dim);
 size_t AttentionScratchFloats(int group, int head_dim);
-using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+// next: the part that the thread will probably do next, or null.
+using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, const AttentionPart* next,
+                             float* scratch);
 AttentionFn AttentionFor(int64_t target);
 // Writes `out` from the states of chunks [chunk_begin, chunk_end), which lie one behind the other at
 // `partial`.
-AttentionFn MergeAttentionFor(int64_t target);
+using MergeAttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+MergeAttentionFn MergeAttentionFor(int64_t target);
 
 }  // namespace atp::cpu
 

@@ -212,6 +212,12 @@ std::vector<CacheShape> CacheShapes() {
     shapes.push_back({format, 32, 3, 32, 64});
     shapes.push_back({format, 24, 1, 64, 16});
   }
+  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+    shapes.push_back({format, 6, 2, 16, 16});
+    shapes.push_back({format, 40, 2, 32, 48});
+    shapes.push_back({format, 64, 2, 64, 64});
+    shapes.push_back({format, 128, 1, 128, 128});
+  }
   return shapes;
 }
 
@@ -342,11 +348,20 @@ TEST_P(OpParity, AttentionOverShapes) {
 
 TEST_P(OpParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
-    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
       CheckAttention(random_, *cpu_, *reference_, problem, group);
       ASSERT_FALSE(HasFailure());
     }
+  }
+}
+
+// Chunks of a sequence that go to different threads, and a tile and a chunk that end in mid-slice.
+TEST_P(OpParity, AttentionOverLongSequences) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    CacheProblem problem(random_, {format, 32, 1, 32, 32}, {{1, 1500, 700}, {3, 513, 0}}, true);
+    CheckAttention(random_, *cpu_, *reference_, problem, 3);
+    ASSERT_FALSE(HasFailure());
   }
 }
 
