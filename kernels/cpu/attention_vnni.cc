@@ -20,15 +20,16 @@ namespace atp::cpu {
 
 size_t IntegerOperandFloats(int queries, int head_dim) {
   const size_t dim = AlignedDim(head_dim), rows = (static_cast<size_t>(queries) + 15) / 16 * 16;
-  return (rows * 2 * dim + 2 * kTile * dim) / 4 + 2 * rows;
+  return (rows * 2 * dim + 2 * kTile * dim) / 4 + 3 * rows;
 }
 
 void PlaceIntegerOperands(float* memory, int queries, int head_dim, IntegerOperands& operands) {
   const size_t dim = AlignedDim(head_dim), rows = (static_cast<size_t>(queries) + 15) / 16 * 16;
   operands.head_dim = head_dim;
+  operands.queries = queries;
   operands.query_scale = memory;
   operands.query_sum = reinterpret_cast<int32_t*>(memory + rows);
-  operands.query = reinterpret_cast<int8_t*>(memory + 2 * rows);
+  operands.query = reinterpret_cast<int8_t*>(memory + 3 * rows);
   operands.keys = reinterpret_cast<uint8_t*>(operands.query + rows * 2 * dim);
   operands.values = reinterpret_cast<int8_t*>(operands.keys + kTile * dim);
 }
@@ -42,16 +43,18 @@ void QuantizeQueries(const AttentionState& state, int queries, IntegerOperands& 
     float largest = 0;
     for (int i = 0; i < head_dim; ++i) largest = std::max(largest, std::abs(query[i]));
     const float inverse = largest > 0 ? 127 * 256 / largest : 0;
-    int32_t sum = 0;
+    int32_t sum = 0, high_sum = 0;
     for (int i = 0; i < head_dim; ++i) {
       const int value = static_cast<int>(std::lrintf(query[i] * inverse));
       const int top = (value + 128) >> 8;
       high[i] = static_cast<int8_t>(top);
       low[i] = static_cast<int8_t>(value - top * 256);
       sum += value;
+      high_sum += top * 256;
     }
     operands.query_scale[q] = largest / (127 * 256);
-    operands.query_sum[q] = sum;
+    operands.query_sum[q] = high_sum;
+    operands.query_sum[queries + q] = sum;
   }
 }
 
@@ -128,6 +131,7 @@ void UnpackKeys(const TilePlace& tile, IntegerOperands& operands) {
     }
   }
   operands.key_offset = kInt4 ? 8 : 128;
+  operands.halves = kInt4 ? 1 : 2;
 }
 
 // Reads dimensions [first, first + 64) of values; those past the end are 0.
@@ -227,7 +231,8 @@ void Scores(IntegerOperands& operands, int slice, int first, float (*scores)[kTi
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[q][n] = _mm512_setzero_si512();
   }
-  for (int half = 0; half < 2; ++half, query += dim) {
+  const int32_t* sums = operands.query_sum + (operands.halves - 1) * operands.queries + first;
+  for (int half = 0; half < operands.halves; ++half, query += dim) {
     const uint8_t* keys = operands.keys + slice * 64;
     for (int i = 0; i < operands.head_dim; i += 4, keys += kTile * 4) {
       operands.next.Prefetch();
@@ -244,7 +249,7 @@ void Scores(IntegerOperands& operands, int slice, int first, float (*scores)[kTi
     if (half == 1) break;
 #pragma GCC unroll 8
     for (int q = 0; q < M; ++q) {
-      const __m512i moved = _mm512_set1_epi32(operands.key_offset * operands.query_sum[first + q]);
+      const __m512i moved = _mm512_set1_epi32(operands.key_offset * sums[q]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[q][n] = _mm512_sub_epi32(_mm512_slli_epi32(acc[q][n], 8), moved);
     }

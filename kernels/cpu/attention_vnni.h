@@ -51,15 +51,17 @@ class NextLines {
 // A part's queries and a tile, as the instructions want them. All 64-byte aligned.
 struct IntegerOperands {
   int head_dim;
+  int queries;
   int8_t* query;       // [queries, 2, dim]: high and low bytes of 16-bit integers
   float* query_scale;  // [queries]
-  int32_t* query_sum;  // [queries], of the 16-bit integers
+  int32_t* query_sum;  // [2, queries], of 256 times the high bytes, and of the 16-bit integers
   uint8_t* keys;       // [dim / 4, 64, 4], moved to be unsigned
   int8_t* values;      // [64 / 4, dim, 4]
   alignas(64) float key_scale[kTile];
   alignas(64) float value_scale[kTile];  // 0 for entries that are not there
   const float* log_mass[kTileSlices];
   int32_t key_offset;  // what was added to the keys
+  int halves;          // of the queries that are used: 1 is the high bytes alone
   NextLines next;
 };
 size_t IntegerOperandFloats(int queries, int head_dim);

@@ -246,7 +246,8 @@ struct Norms {
   int entries = 0;
   std::vector<double> value;  // max_e |v_i|
   // Of integer pages, whose kernels may round the other side of a product to 16 bits as well:
-  double score_rounding = 0;  // max_e of half a step of the query, at most 2^-15·max|q_i|, times scale·Σ|k_i|
+  double score_rounding =
+      0;  // max_e of half a step of the query, at most 2^-15·max|q_i| (int4: 2^-7), times scale·Σ|k_i|
   double value_rounding = 0;  // Σ_e of half a step of a weight, at most 2^-16, times max_ei |v_i|
 };
 
@@ -273,7 +274,9 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
         if (IsInteger(page.format())) largest_value = std::max<double>(largest_value, std::abs(value[i]));
       }
       if (IsInteger(page.format())) {
-        norms.score_rounding = std::max(norms.score_rounding, 0x1p-15 * largest_query * scale * keys);
+        norms.score_rounding =
+            std::max(norms.score_rounding,
+                     (page.format() == KvFormat::kInt4 ? 0x1p-7 : 0x1p-15) * largest_query * scale * keys);
         ++integers;
       }
       norms.score = std::max(norms.score, score);
