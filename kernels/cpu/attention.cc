@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/cpu/attention_state.h"
 #include "kernels/cpu/attention_vnni.h"
@@ -152,6 +153,7 @@ HWY_INLINE Tile<T> TileAt(const TilePlace& place, const TilePlace& next, const P
   if (std::is_same_v<T, Stored> && next.slices > 0 && next.page->format() == page.format() &&
       next.page->entries() == page.entries()) {
     Locate(next, tile.next_keys, tile.next_values);
+    for (int s = 0; s < next.slices && page.with_log_mass(); ++s) hwy::Prefetch(next.LogMass(s));
   } else {
     NextLines(next).PrefetchAll();
   }

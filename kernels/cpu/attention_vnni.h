@@ -22,10 +22,13 @@ class NextLines {
  public:
   NextLines() = default;
   explicit NextLines(const TilePlace& tile) {
+    if (tile.slices > 0) bytes_ = static_cast<int>(tile.page->key_scale_offset());
     for (int s = 0; s < tile.slices; ++s) {
-      if (tile.offset[s] == 0) block_[blocks_++] = tile.block[s];
+      if (tile.offset[s] != 0) continue;
+      block_[blocks_++] = tile.block[s];
+      // What is behind keys and values is little, and needed first.
+      for (size_t at = bytes_; at < tile.page->bytes(); at += 64) hwy::Prefetch(tile.block[s] + at);
     }
-    if (blocks_ > 0) bytes_ = static_cast<int>(tile.page->bytes());
   }
 
   // False: there was none left.
@@ -43,7 +46,7 @@ class NextLines {
  private:
   const std::byte* block_[kTileSlices];
   int blocks_ = 0;
-  int bytes_ = 0;  // of a block
+  int bytes_ = 0;  // of a block's keys and values
   int at_block_ = 0;
   int at_byte_ = 0;
 };
