@@ -22,6 +22,8 @@ absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat("cannot allocate ", bytes, " bytes of host memory: ", std::strerror(errno)));
   }
+  // Large pages, where the system has them to spare: fewer misses of the TLB in passes over all weights.
+  if (mapped_bytes >= (size_t{4} << 20)) madvise(data, mapped_bytes, MADV_HUGEPAGE);
   return Buffer(data, bytes, [mapped_bytes](void* memory) { munmap(memory, mapped_bytes); });
 }
 

@@ -135,7 +135,7 @@ class CpuBackend final : public Backend {
     ABSL_ASSERT(args.weight.packed);
     const MatMulKernel& kernel = KernelFor(args.weight.dtype);
     const PackedRows rows = PackRows(args, kernel);
-    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, kernel.tile_rows) * kernel.tile_rows;
+    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
     const int64_t row_blocks = CeilDiv(args.rows, row_width);
     const int64_t pairs = PanelCount(args.weight.rows) / 2;
     const int64_t work = args.rows * args.weight.rows * args.weight.cols;
@@ -228,7 +228,9 @@ class CpuBackend final : public Backend {
   PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel) {
     const int64_t cols = args.weight.cols;
     PackedRows rows{};
-    rows.tile_rows = kernel.tile_rows;
+    // As many tiles as the largest would make, all about as large.
+    const int64_t tiles = std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
+    rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
     rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
     const int64_t words = args.rows * rows.words_per_row;
     rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
@@ -238,7 +240,7 @@ class CpuBackend final : public Backend {
       rows.block_words =
           reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
     }
-    ForRows(CeilDiv(args.rows, kernel.tile_rows), kernel.tile_rows * cols,
+    ForRows(tiles, rows.tile_rows * cols,
             [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
     return rows;
   }

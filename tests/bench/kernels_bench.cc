@@ -105,8 +105,8 @@ void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, 
         weights.push_back(*backend.LoadWeight({bytes.data(), dtype, shape.out, shape.in}, dtype));
       }
       const double peak = IsQuantized(dtype) ? peaks.int8 : bf16_dot ? peaks.bf16 : peaks.fp32;
-      for (const int64_t rows : {1, 4, 8, 16, 512}) {
-        if (rows == 512 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
+      for (const int64_t rows : {1, 4, 8, 16, 128}) {
+        if (rows == 128 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
         const std::vector<float> x = Normals(static_cast<size_t>(rows * shape.in));
         std::vector<float> y(static_cast<size_t>(rows * shape.out));
         size_t turn = 0;
