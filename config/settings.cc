@@ -42,8 +42,8 @@ std::vector<Setting> MakeTable() {
        .max = 1024},
       {.key = "backend.cpu_isa",
        .member = ATP_MEMBER(String, backend.cpu_isa),
-       .meaning =
-           "SIMD instruction set; auto: the best that the machine has (avx512, avx2, sse4, scalar, ...)"},
+       .meaning = "SIMD instruction set; auto: the best that the machine has (avx512_bf16, avx512_vnni, "
+                  "avx512, avx2_vnni, avx2, sse4, scalar, ...)"},
 
       {.key = "scheduler.max_batch_tokens",
        .member = ATP_MEMBER(int, scheduler.max_batch_tokens),

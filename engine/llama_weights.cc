@@ -165,6 +165,14 @@ void FaultIn(std::span<const std::byte> data, const Report& report) {
   }
 }
 
+// The backend has made a form of its own of the tensor: its pages of the file need not stay in memory.
+void Forget(std::span<const std::byte> data) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data.data()) + page - 1) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data.data() + data.size()) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 absl::StatusOr<Weight> LoadVector(const TensorView& host, Backend* backend) {
   std::vector<float> values(static_cast<size_t>(host.cols));
   // memcpy, because data in a file need not be aligned; the backend sees to that for matrices.
@@ -217,12 +225,13 @@ absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model_dir, cons
     const TensorView host = ViewOf(item);
     FaultIn(item.tensor->data, report);
     absl::StatusOr<Weight> weight =
-        item.shape.size() == 2 ? backend->LoadWeight(host) : LoadVector(host, backend);
+        item.shape.size() == 2 ? backend->LoadWeight(host, host.dtype) : LoadVector(host, backend);
     if (!weight.ok()) {
       return absl::Status(weight.status().code(),
                           absl::StrCat(item.tensor->file, ": tensor ", QuoteForError(item.name), ": ",
                                        weight.status().message()));
     }
+    if (weight->memory.data() != nullptr) Forget(item.tensor->data);
     *item.destination = *std::move(weight);
   }
   weights.lm_head = config.tied_embeddings ? weights.embedding.view : weights.lm_head_memory.view;
