@@ -163,8 +163,7 @@ class CpuBackend final : public Backend {
       PrincipalSegment& segment = segments_[thread];
       segment.Gather(args, args.jobs[index]);
       const PrincipalFitProblem& p = segment.problem();
-      const size_t doubles = PrincipalFitScratch(p.n, p.m, p.d, p.count);
-      fit_principal_(p, reinterpret_cast<double*>(scratch_[thread].Reserve(2 * doubles)), segment.fit());
+      fit_principal_(p, scratch_[thread].Reserve(PrincipalFitScratch(p.n, p.m, p.d, p.count)), segment.fit());
       segment.Scatter(args, args.jobs[index]);
       args.reports[index] = segment.report();
     });
