@@ -7,10 +7,9 @@
 #include <cmath>
 #include <type_traits>
 
-#include "hwy/contrib/math/math-inl.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/dense-inl.h"
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/load-inl.h"
 #include "kernels/cpu/principal_fit.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -18,87 +17,10 @@ namespace atp::cpu {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-constexpr size_t kPad = PrincipalFitRoom::kPad;
 // A column that is left with this little of its own norm² is spanned: the rest is rounding of its Gram
 // matrix.
 constexpr double kGramNoise = 0x1p-21;
-
-using D = hn::ScalableTag<float>;
-using V = hn::Vec<D>;
-using D64 = hn::ScalableTag<double>;
-using V64 = hn::Vec<D64>;
-using DHalf = hn::Rebind<float, D64>;
-
-// Rows of a register tile of Product: twice as many vectors of sums as rows.
-#if HWY_TARGET <= HWY_AVX3
-constexpr int kTile = 8;
-#else
-constexpr int kTile = 4;
-#endif
-
-// out[a][c] += Σ_b row(a)[b · step] · x[b][c] for a < rows, b < inner, c < cols (a multiple of kPad). Sums of
-// kChunk products at a time, which keeps x in the first-level cache and rounding errors short. triangle: of a
-// symmetric product only the elements on the diagonal and behind it are wanted.
-template <class Row>
-HWY_INLINE void Product(const Row& row, size_t step, const float* HWY_RESTRICT x, size_t x_stride, int rows,
-                        int inner, size_t cols, float* HWY_RESTRICT out, size_t out_stride,
-                        bool triangle = false) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  constexpr int kChunk = 32;
-  for (int b0 = 0; b0 < inner; b0 += kChunk) {
-    const size_t chunk = static_cast<size_t>(std::min(kChunk, inner - b0));
-    for (int a0 = 0; a0 < rows; a0 += kTile) {
-      const int tile = std::min(kTile, rows - a0);
-      const float* factor[kTile];
-      for (int a = 0; a < kTile; ++a) factor[a] = row(a0 + std::min(a, tile - 1)) + b0 * step;
-      for (size_t c = triangle ? a0 / kPad * kPad : 0; c < cols; c += 2 * lanes) {
-        V sum[kTile][2];
-        ATP_UNROLL
-        for (int a = 0; a < kTile; ++a) sum[a][0] = sum[a][1] = hn::Zero(d);
-        const float* HWY_RESTRICT in = x + b0 * x_stride + c;
-        for (size_t b = 0; b < chunk; ++b, in += x_stride) {
-          const V x0 = hn::Load(d, in), x1 = hn::Load(d, in + lanes);
-          ATP_UNROLL
-          for (int a = 0; a < kTile; ++a) {
-            const V f = hn::Set(d, factor[a][b * step]);
-            sum[a][0] = hn::MulAdd(f, x0, sum[a][0]);
-            sum[a][1] = hn::MulAdd(f, x1, sum[a][1]);
-          }
-        }
-        ATP_UNROLL
-        for (int a = 0; a < kTile; ++a) {
-          if (a >= tile) break;
-          float* to = out + (a0 + a) * out_stride + c;
-          hn::Store(hn::Add(hn::Load(d, to), sum[a][0]), d, to);
-          hn::Store(hn::Add(hn::Load(d, to + lanes), sum[a][1]), d, to + lanes);
-        }
-      }
-    }
-  }
-}
-
-// x[0..size) *= factor of 1 / Σ x; the sum.
-HWY_INLINE float Normalize(float* HWY_RESTRICT x, size_t size, float least) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  V sum = hn::Zero(d);
-  for (size_t i = 0; i < size; i += lanes) sum = hn::Add(sum, hn::Load(d, x + i));
-  const float total = hn::GetLane(hn::SumOfLanes(d, sum));
-  const V scale = hn::Set(d, 1.0f / std::max(total, least));
-  for (size_t i = 0; i < size; i += lanes) hn::Store(hn::Mul(hn::Load(d, x + i), scale), d, x + i);
-  return total;
-}
-
-// x := exp(x - max x)
-HWY_INLINE void Exponentials(float* HWY_RESTRICT x, size_t size) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  V top = hn::Load(d, x);
-  for (size_t i = lanes; i < size; i += lanes) top = hn::Max(top, hn::Load(d, x + i));
-  top = hn::MaxOfLanes(d, top);
-  for (size_t i = 0; i < size; i += lanes) hn::Store(hn::Exp(d, hn::Sub(hn::Load(d, x + i), top)), d, x + i);
-}
+static_assert(kPad == PrincipalFitRoom::kPad);
 
 // Adds the rows of x, and their squares, to sums and norms.
 HWY_INLINE void AddMoments(const float* HWY_RESTRICT x, int rows, size_t size, double* HWY_RESTRICT sums,
@@ -146,7 +68,8 @@ void ReferenceAttention(const PrincipalFitProblem& p, const PrincipalFitRoom& ro
   }
 }
 
-// Columns of the Gram matrix AᵀA, computed when they are asked for, a tile of them at a time.
+// Columns of the Gram matrix AᵀA, computed when they are asked for, a tile of them at a time; and its pivoted
+// Cholesky factor, of which a tile's columns are reduced together by the steps that there are then.
 class GramColumns {
  public:
   GramColumns(const PrincipalFitProblem& p, const PrincipalFitRoom& room) : p_(p), room_(room) {
@@ -165,6 +88,16 @@ class GramColumns {
     for (int k = 0; k < count; ++k) room_.column_of[wanted[k]] = columns_++;
   }
 
+  // The next step of the factorisation.
+  void Eliminate(int pivot) {
+    if (!Has(pivot)) ComputeFor(pivot);
+    const double best = room_.rest[pivot];
+    room_.rest[pivot] = -1;
+    Reduce(pivot, best);
+    ++steps_;
+  }
+
+ private:
   // The column of the next pivot, and with it those that are likely to be asked for next: what is left of
   // them is the most.
   void ComputeFor(int pivot) {
@@ -177,47 +110,52 @@ class GramColumns {
       for (; at > 1 && room_.rest[i] > room_.rest[wanted[at - 1]]; --at) wanted[at] = wanted[at - 1];
       wanted[at] = i;
     }
+    const size_t n = room_.padded_n, first = static_cast<size_t>(columns_) * n;
     Compute(wanted, count);
+    float* reduced = room_.reduced + first;
+    std::fill_n(reduced, count * n, 0.0f);
+    Product([&](int k) { return room_.factor + wanted[k]; }, n, room_.factor, n, count, steps_, n, reduced,
+            n);
+    for (size_t i = 0; i < count * n; ++i) reduced[i] = room_.columns[first + i] - reduced[i];
+    for (int k = 0; k < count; ++k) room_.reduced_by[room_.column_of[wanted[k]]] = steps_;
   }
 
- private:
+  // A row of the factor, and what it leaves of every column that is not a pivot (those have rest < 0).
+  void Reduce(int pivot, double best) {
+    const D d;
+    const D64 d64;
+    const DHalf half;
+    const size_t n = room_.padded_n, lanes = hn::Lanes(d);
+    const int column = room_.column_of[pivot];
+    const float* HWY_RESTRICT reduced = room_.reduced + column * n;
+    float* HWY_RESTRICT out = room_.factor + steps_ * n;
+    const V scale = hn::Set(d, static_cast<float>(1 / std::sqrt(best)));
+    for (size_t i = 0; i < n; i += 2 * lanes) {
+      V g0 = hn::Load(d, reduced + i), g1 = hn::Load(d, reduced + i + lanes);
+      for (int k = room_.reduced_by[column]; k < steps_; ++k) {
+        const float* row = room_.factor + k * n;
+        const V f = hn::Set(d, row[pivot]);
+        g0 = hn::NegMulAdd(f, hn::Load(d, row + i), g0);
+        g1 = hn::NegMulAdd(f, hn::Load(d, row + i + lanes), g1);
+      }
+      hn::Store(hn::Mul(g0, scale), d, out + i);
+      hn::Store(hn::Mul(g1, scale), d, out + i + lanes);
+    }
+    const V64 noise = hn::Set(d64, kGramNoise), zero = hn::Zero(d64);
+    for (size_t i = 0; i < n; i += hn::Lanes(d64)) {
+      const V64 l = hn::PromoteTo(d64, hn::Load(half, out + i)), rest = hn::Load(d64, room_.rest + i);
+      // What is less than the rounding of the column's norm is nothing.
+      V64 left = hn::NegMulAdd(l, l, rest);
+      left = hn::IfThenElseZero(hn::Gt(left, hn::Mul(noise, hn::Load(d64, room_.norms + i))), left);
+      hn::Store(hn::IfThenElse(hn::Lt(rest, zero), rest, left), d64, room_.rest + i);
+    }
+  }
+
   const PrincipalFitProblem& p_;
   const PrincipalFitRoom& room_;
   int columns_ = 0;
+  int steps_ = 0;
 };
-
-// One step of the Cholesky factorisation of the Gram matrix: row `step` of the factor, and what is left of
-// every column that is not a pivot (those have rest < 0).
-void Eliminate(const PrincipalFitRoom& room, const float* HWY_RESTRICT column, int pivot, int step,
-               double best) {
-  const D64 d;
-  const DHalf half;
-  const size_t n = room.padded_n, lanes = hn::Lanes(d);
-  const V64 scale = hn::Set(d, 1 / std::sqrt(best)), zero = hn::Zero(d);
-  constexpr int kVectors = 4;
-  for (size_t i = 0; i < n; i += kVectors * lanes) {
-    V64 g[kVectors];
-    ATP_UNROLL
-    for (int v = 0; v < kVectors; ++v) g[v] = hn::PromoteTo(d, hn::Load(half, column + i + v * lanes));
-    const double* HWY_RESTRICT row = room.factor + i;
-    for (int k = 0; k < step; ++k, row += n) {
-      const V64 f = hn::Set(d, room.factor[k * n + pivot]);
-      ATP_UNROLL
-      for (int v = 0; v < kVectors; ++v) g[v] = hn::NegMulAdd(f, hn::Load(d, row + v * lanes), g[v]);
-    }
-    ATP_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const size_t at = i + v * lanes;
-      const V64 l = hn::Mul(g[v], scale), rest = hn::Load(d, room.rest + at);
-      V64 left = hn::NegMulAdd(l, l, rest);
-      // What is less than the rounding of the column's norm is nothing.
-      left = hn::IfThenElseZero(hn::Gt(left, hn::Mul(hn::Set(d, kGramNoise), hn::Load(d, room.norms + at))),
-                                left);
-      hn::Store(hn::IfThenElse(hn::Lt(rest, zero), rest, left), d, room.rest + at);
-      hn::Store(l, d, room.factor + step * n + at);
-    }
-  }
-}
 
 // Pivoted Cholesky of the Gram matrix: the same pivots as column-pivoted QR of A.
 void ChoosePrincipal(const PrincipalFitProblem& p, const PrincipalFitRoom& room, GramColumns* gram,
@@ -228,52 +166,21 @@ void ChoosePrincipal(const PrincipalFitProblem& p, const PrincipalFitRoom& room,
   const double noise = kPrincipalNoise * *std::max_element(norms, norms + p.n);
   int found = 0;
   while (found < p.forced) chosen[found] = found, ++found;
-  for (int step = 0; found < p.count; ++step) {
+  while (found < p.count) {
     const int pivot = static_cast<int>(std::max_element(rest, rest + p.n) - rest);
-    const double best = rest[pivot];
-    if (!(best > noise)) break;
+    if (!(rest[pivot] > noise)) break;
     if (pivot >= p.forced) chosen[found++] = pivot;
     if (found == p.count) break;
-    if (!gram->Has(pivot)) gram->ComputeFor(pivot);
-    rest[pivot] = -1;
-    Eliminate(room, (*gram)[pivot], pivot, step, best);
+    gram->Eliminate(pivot);
   }
-  const auto free = [&](int i) {
-    return i >= p.forced && std::find(chosen, chosen + found, i) == chosen + found;
-  };
   while (found < p.count) {
     int next = -1;
     for (int i = p.forced; i < p.n; ++i)
-      if ((next < 0 || norms[i] > norms[next]) && free(i)) next = i;
+      if (!(rest[i] < 0) && (next < 0 || norms[i] > norms[next])) next = i;
+    rest[next] = -1;
     chosen[found++] = next;
   }
   std::sort(chosen, chosen + p.count);
-}
-
-// y := matrix x, for a symmetric matrix [r, stride]; x and y are padded.
-HWY_INLINE void Multiply(const float* HWY_RESTRICT matrix, const float* HWY_RESTRICT x, int r, size_t stride,
-                         float* HWY_RESTRICT y) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  for (size_t c = 0; c < stride; c += 2 * lanes) {
-    V sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
-    const float* row = matrix + c;
-    int j = 0;
-    for (; j + 1 < r; j += 2, row += 2 * stride) {
-      const V f0 = hn::Set(d, x[j]), f1 = hn::Set(d, x[j + 1]);
-      sum[0] = hn::MulAdd(f0, hn::Load(d, row), sum[0]);
-      sum[1] = hn::MulAdd(f0, hn::Load(d, row + lanes), sum[1]);
-      sum[2] = hn::MulAdd(f1, hn::Load(d, row + stride), sum[2]);
-      sum[3] = hn::MulAdd(f1, hn::Load(d, row + stride + lanes), sum[3]);
-    }
-    if (j < r) {
-      const V f0 = hn::Set(d, x[j]);
-      sum[0] = hn::MulAdd(f0, hn::Load(d, row), sum[0]);
-      sum[1] = hn::MulAdd(f0, hn::Load(d, row + lanes), sum[1]);
-    }
-    hn::Store(hn::Add(sum[0], sum[2]), d, y + c);
-    hn::Store(hn::Add(sum[1], sum[3]), d, y + c + lanes);
-  }
 }
 
 // The leading eigenvector of a matrix without negative elements has none either: `ones` is never orthogonal
@@ -352,52 +259,6 @@ double Shares(const PrincipalFitProblem& p, const PrincipalFitRoom& room, const 
     error += miss * miss;
   }
   return error / p.m;
-}
-
-// to[j] -= factor · from[j], j in [begin, size); both rows are aligned and may be read from begin's vector
-// on.
-HWY_INLINE void Subtract(double* HWY_RESTRICT to, double factor, const double* HWY_RESTRICT from,
-                         size_t begin, size_t size) {
-  const D64 d;
-  const V64 f = hn::Set(d, factor);
-  for (size_t j = begin / hn::Lanes(d) * hn::Lanes(d); j < size; j += hn::Lanes(d))
-    hn::Store(hn::NegMulAdd(f, hn::Load(d, from + j), hn::Load(d, to + j)), d, to + j);
-}
-
-// x [r, width] := matrix⁻¹ x by Cholesky of the upper triangle in place; false when the matrix [r, stride] is
-// not positive definite.
-bool SolvePositive(double* HWY_RESTRICT matrix, int r, size_t stride, double* HWY_RESTRICT x, size_t width) {
-  for (int k = 0; k < r; ++k) {
-    double* row = matrix + k * stride;
-    if (!(row[k] > 0)) return false;
-    const double scale = 1 / std::sqrt(row[k]);
-    for (int j = k; j < r; ++j) row[j] *= scale;
-    for (int i = k + 1; i < r; ++i) Subtract(matrix + i * stride, row[i], row, i, stride);
-  }
-  for (int i = 0; i < r; ++i) {
-    double* row = x + i * width;
-    for (int k = 0; k < i; ++k) Subtract(row, matrix[k * stride + i], x + k * width, 0, width);
-    for (size_t c = 0; c < width; ++c) row[c] /= matrix[i * stride + i];
-  }
-  for (int i = r - 1; i >= 0; --i) {
-    double* row = x + i * width;
-    for (int k = i + 1; k < r; ++k) Subtract(row, matrix[i * stride + k], x + k * width, 0, width);
-    for (size_t c = 0; c < width; ++c) row[c] /= matrix[i * stride + i];
-  }
-  return true;
-}
-
-double SumOfProducts(const float* x, const float* y, size_t size) {
-  const D d;
-  double total = 0;
-  constexpr size_t kRun = 2048;
-  for (size_t begin = 0; begin < size; begin += kRun) {
-    V sum = hn::Zero(d);
-    for (size_t i = begin; i < std::min(begin + kRun, size); i += hn::Lanes(d))
-      sum = hn::MulAdd(hn::Load(d, x + i), hn::Load(d, y + i), sum);
-    total += double{hn::GetLane(hn::SumOfLanes(d, sum))};
-  }
-  return total;
 }
 
 // The fitted values, in room.fitted [r, padded_d]: ridge regression of the output A V on the shares. False
@@ -501,16 +362,16 @@ PrincipalFitRoom::PrincipalFitRoom(int n, int m, int d, int count, float* scratc
     floats += hwy::RoundUpTo(rows * cols * (sizeof(T) / sizeof(float)), kPad);
   };
   const size_t r = static_cast<size_t>(count);
-  take(&factor, std::min<size_t>(n, 2 * r), padded_n);
   for (double** row : {&sums, &norms, &rest}) take(row, 1, padded_n);
   take(&system, r, padded_r), take(&shift, r, padded_d);
   take(&keys, d, padded_n), take(&bias, 1, padded_n);
   take(&attention, m, padded_n), take(&columns, n, padded_n);
+  take(&reduced, n, padded_n), take(&factor, std::min<size_t>(n, 2 * r), padded_n);
   take(&values, n, padded_d), take(&output, m, padded_d);
   take(&share, m, padded_r), take(&gram, r, padded_r);
   take(&mass, 1, padded_r), take(&vectors, 4, padded_r);
   take(&products, 2 * r, padded_d), take(&fitted, r, padded_d);
-  take(&column_of, 1, n);
+  take(&column_of, 1, n), take(&reduced_by, 1, n);
 }
 
 size_t PrincipalFitScratch(int n, int m, int d, int count) {

@@ -1,6 +1,5 @@
 // The principal fit (kernels/principal_fit.h), vectorised. Products over references and entries are in fp32,
-// summed in short runs; what amplifies rounding, the elimination that chooses pivots and the ridge system, is
-// in double.
+// summed in short runs; what is left of norms and the ridge system are in double.
 #ifndef ATP_KERNELS_CPU_PRINCIPAL_FIT_H_
 #define ATP_KERNELS_CPU_PRINCIPAL_FIT_H_
 
@@ -19,16 +18,17 @@ struct PrincipalFitRoom {
   PrincipalFitRoom(int n, int m, int d, int count, float* scratch);
 
   size_t padded_n, padded_d, padded_r;
-  double* factor;               // [min(n, 2 r), padded_n]: of the Gram matrix, transposed
-  double *sums, *norms, *rest;  // [padded_n]: of A's columns; what of their norms² is not spanned yet
-  double *system, *shift;       // [r, padded_r], [r, padded_d]
-  float *keys, *bias;           // [d, padded_n], [padded_n]
-  float *attention, *columns;   // A [m, padded_n]; columns of AᵀA, at most n, [padded_n] each
-  float *values, *output;       // [n, padded_d], A V [m, padded_d]
-  float *share, *gram;          // P [m, padded_r]; A_JᵀA_J, later PᵀP [r, padded_r]
-  float *mass, *vectors;        // [padded_r], [4, padded_r]
-  float *products, *fitted;     // [2, r, padded_d], [r, padded_d]
-  int32_t* column_of;           // [n], where the Gram column of an entry is, or -1
+  double *sums, *norms, *rest;      // [padded_n]: of A's columns; what of their norms² is not spanned yet
+  double *system, *shift;           // [r, padded_r], [r, padded_d]
+  float *keys, *bias;               // [d, padded_n], [padded_n]
+  float* attention;                 // A [m, padded_n]
+  float *columns, *reduced;         // of AᵀA, and less the steps of its factor; at most n of [padded_n]
+  float* factor;                    // [min(n, 2 r), padded_n]: the Cholesky factor of AᵀA, transposed
+  float *values, *output;           // [n, padded_d], A V [m, padded_d]
+  float *share, *gram;              // P [m, padded_r]; A_JᵀA_J, later PᵀP [r, padded_r]
+  float *mass, *vectors;            // [padded_r], [4, padded_r]
+  float *products, *fitted;         // [2, r, padded_d], [r, padded_d]
+  int32_t *column_of, *reduced_by;  // [n]: which column an entry has, or -1; steps in a reduced column
   size_t floats;
 };
 
