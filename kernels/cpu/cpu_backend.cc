@@ -167,8 +167,8 @@ class CpuBackend final : public Backend {
     };
     fit_order_.resize(args.jobs.size());
     std::iota(fit_order_.begin(), fit_order_.end(), 0);
-    std::stable_sort(fit_order_.begin(), fit_order_.end(),
-                     [&](int32_t a, int32_t b) { return cost(a) > cost(b); });
+    std::sort(fit_order_.begin(), fit_order_.end(),
+              [&](int32_t a, int32_t b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
     pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t part, int thread) {
       const int32_t index = fit_order_[part];
       PrincipalSegment& segment = segments_[thread];

@@ -36,15 +36,16 @@ constexpr int kTile = 8;
 constexpr int kTile = 4;
 #endif
 
-// out[a][c] += Σ_b row(a)[b · step] · x[b][c] for a < rows, b < inner, c < cols (a multiple of kPad). Sums of
-// kChunk products at a time, which keeps x in the first-level cache and rounding errors short. triangle: of a
-// symmetric product only the elements on the diagonal and behind it are wanted.
+// out[a][c] += sign · Σ_b row(a)[b · step] · x[b][c] for a < rows, b < inner, c < cols (a multiple of kPad).
+// Sums of kChunk products at a time, which keeps x in the first-level cache and rounding errors short.
+// triangle: of a symmetric product only the elements on the diagonal and behind it are wanted.
 template <class Row>
 HWY_INLINE void Product(const Row& row, size_t step, const float* HWY_RESTRICT x, size_t x_stride, int rows,
                         int inner, size_t cols, float* HWY_RESTRICT out, size_t out_stride,
-                        bool triangle = false) {
+                        bool triangle = false, float sign = 1.0f) {
   const D d;
   const size_t lanes = hn::Lanes(d);
+  const V signs = hn::Set(d, sign);
   constexpr int kChunk = 32;
   for (int b0 = 0; b0 < inner; b0 += kChunk) {
     const size_t chunk = static_cast<size_t>(std::min(kChunk, inner - b0));
@@ -70,8 +71,8 @@ HWY_INLINE void Product(const Row& row, size_t step, const float* HWY_RESTRICT x
         for (int a = 0; a < kTile; ++a) {
           if (a >= tile) break;
           float* to = out + (a0 + a) * out_stride + c;
-          hn::Store(hn::Add(hn::Load(d, to), sum[a][0]), d, to);
-          hn::Store(hn::Add(hn::Load(d, to + lanes), sum[a][1]), d, to + lanes);
+          hn::Store(hn::MulAdd(signs, sum[a][0], hn::Load(d, to)), d, to);
+          hn::Store(hn::MulAdd(signs, sum[a][1], hn::Load(d, to + lanes)), d, to + lanes);
         }
       }
     }
@@ -100,64 +101,88 @@ HWY_INLINE void Exponentials(float* HWY_RESTRICT x, size_t size) {
   for (size_t i = 0; i < size; i += lanes) hn::Store(hn::Exp(d, hn::Sub(hn::Load(d, x + i), top)), d, x + i);
 }
 
+// kVectors vectors of y := matrix x, for a symmetric matrix [r, stride].
+template <int kVectors>
+HWY_INLINE void MultiplyColumns(const float* HWY_RESTRICT matrix, const float* HWY_RESTRICT x, int r,
+                                size_t stride, float* HWY_RESTRICT y) {
+  const D d;
+  const size_t lanes = hn::Lanes(d);
+  V sum[kVectors];
+  ATP_UNROLL
+  for (int v = 0; v < kVectors; ++v) sum[v] = hn::Zero(d);
+  for (int j = 0; j < r; ++j, matrix += stride) {
+    const V f = hn::Set(d, x[j]);
+    ATP_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[v] = hn::MulAdd(f, hn::Load(d, matrix + v * lanes), sum[v]);
+  }
+  ATP_UNROLL
+  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, y + v * lanes);
+}
+
 // y := matrix x, for a symmetric matrix [r, stride]; x and y are padded.
 HWY_INLINE void Multiply(const float* HWY_RESTRICT matrix, const float* HWY_RESTRICT x, int r, size_t stride,
                          float* HWY_RESTRICT y) {
-  const D d;
-  const size_t lanes = hn::Lanes(d);
-  for (size_t c = 0; c < stride; c += 2 * lanes) {
-    V sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
-    const float* row = matrix + c;
-    int j = 0;
-    for (; j + 1 < r; j += 2, row += 2 * stride) {
-      const V f0 = hn::Set(d, x[j]), f1 = hn::Set(d, x[j + 1]);
-      sum[0] = hn::MulAdd(f0, hn::Load(d, row), sum[0]);
-      sum[1] = hn::MulAdd(f0, hn::Load(d, row + lanes), sum[1]);
-      sum[2] = hn::MulAdd(f1, hn::Load(d, row + stride), sum[2]);
-      sum[3] = hn::MulAdd(f1, hn::Load(d, row + stride + lanes), sum[3]);
-    }
-    if (j < r) {
-      const V f0 = hn::Set(d, x[j]);
-      sum[0] = hn::MulAdd(f0, hn::Load(d, row), sum[0]);
-      sum[1] = hn::MulAdd(f0, hn::Load(d, row + lanes), sum[1]);
-    }
-    hn::Store(hn::Add(sum[0], sum[2]), d, y + c);
-    hn::Store(hn::Add(sum[1], sum[3]), d, y + c + lanes);
-  }
+  const size_t lanes = hn::Lanes(D());
+  size_t c = 0;
+  for (; c + 8 * lanes <= stride; c += 8 * lanes) MultiplyColumns<8>(matrix + c, x, r, stride, y + c);
+  for (; c + 4 * lanes <= stride; c += 4 * lanes) MultiplyColumns<4>(matrix + c, x, r, stride, y + c);
+  for (; c < stride; c += 2 * lanes) MultiplyColumns<2>(matrix + c, x, r, stride, y + c);
 }
 
-// to[j] -= factor · from[j], j in [begin, size); both rows are aligned and may be read from begin's vector
-// on.
-HWY_INLINE void Subtract(double* HWY_RESTRICT to, double factor, const double* HWY_RESTRICT from,
-                         size_t begin, size_t size) {
-  const D64 d;
-  const V64 f = hn::Set(d, factor);
+// to[j] -= factor · from[j], j in [begin, size), and perhaps some before begin.
+HWY_INLINE void Subtract(float* HWY_RESTRICT to, float factor, const float* HWY_RESTRICT from, size_t begin,
+                         size_t size) {
+  const D d;
+  const V f = hn::Set(d, factor);
   for (size_t j = begin / hn::Lanes(d) * hn::Lanes(d); j < size; j += hn::Lanes(d))
     hn::Store(hn::NegMulAdd(f, hn::Load(d, from + j), hn::Load(d, to + j)), d, to + j);
 }
 
-// x [r, width] := matrix⁻¹ x by Cholesky of the upper triangle in place; false when the matrix [r, stride] is
-// not positive definite.
-HWY_INLINE bool SolvePositive(double* HWY_RESTRICT matrix, int r, size_t stride, double* HWY_RESTRICT x,
-                              size_t width) {
-  for (int k = 0; k < r; ++k) {
-    double* row = matrix + k * stride;
-    if (!(row[k] > 0)) return false;
-    const double scale = 1 / std::sqrt(row[k]);
-    for (int j = k; j < r; ++j) row[j] *= scale;
-    for (int i = k + 1; i < r; ++i) Subtract(matrix + i * stride, row[i], row, i, stride);
-  }
-  for (int i = 0; i < r; ++i) {
-    double* row = x + i * width;
-    for (int k = 0; k < i; ++k) Subtract(row, matrix[k * stride + i], x + k * width, 0, width);
-    for (size_t c = 0; c < width; ++c) row[c] /= matrix[i * stride + i];
-  }
-  for (int i = r - 1; i >= 0; --i) {
-    double* row = x + i * width;
-    for (int k = i + 1; k < r; ++k) Subtract(row, matrix[i * stride + k], x + k * width, 0, width);
-    for (size_t c = 0; c < width; ++c) row[c] /= matrix[i * stride + i];
+// Cholesky of the upper triangle of a matrix [r, stride] in place, matrix = UᵀU, kPad rows at a time; false
+// when it is not positive definite.
+HWY_INLINE bool Factorize(float* matrix, int r, size_t stride) {
+  for (int begin = 0; begin < r; begin += kPad) {
+    const int end = std::min<int>(r, begin + kPad);
+    for (int k = begin; k < end; ++k) {
+      float* row = matrix + k * stride;
+      if (!(row[k] > 0)) return false;
+      const float scale = 1 / std::sqrt(row[k]);
+      for (size_t j = k; j < stride; ++j) row[j] *= scale;
+      for (int i = k + 1; i < end; ++i) Subtract(matrix + i * stride, row[i], row, i, stride);
+    }
+    const float* rows = matrix + begin * stride + end;
+    Product([&](int i) { return rows + i; }, stride, rows, stride, r - end, end - begin, stride - end,
+            matrix + end * stride + end, stride, /*triangle=*/true, /*sign=*/-1.0f);
   }
   return true;
+}
+
+// x [r, width] := (UᵀU)⁻¹ x.
+HWY_INLINE void Solve(const float* factor, int r, size_t stride, float* x, size_t width) {
+  const auto scale = [&](int i) {
+    const float by = 1 / factor[i * stride + i];
+    for (size_t c = 0; c < width; ++c) x[i * width + c] *= by;
+  };
+  for (int begin = 0; begin < r; begin += kPad) {
+    const int end = std::min<int>(r, begin + kPad);
+    Product([&](int i) { return factor + begin + i; }, stride, x, width, end - begin, begin, width,
+            x + begin * width, width, /*triangle=*/false, /*sign=*/-1.0f);
+    for (int i = begin; i < end; ++i) {
+      for (int k = begin; k < i; ++k)
+        Subtract(x + i * width, factor[k * stride + i], x + k * width, 0, width);
+      scale(i);
+    }
+  }
+  for (int begin = (r - 1) / static_cast<int>(kPad) * static_cast<int>(kPad); begin >= 0; begin -= kPad) {
+    const int end = std::min<int>(r, begin + kPad);
+    Product([&](int i) { return factor + (begin + i) * stride + end; }, 1, x + end * width, width,
+            end - begin, r - end, width, x + begin * width, width, /*triangle=*/false, /*sign=*/-1.0f);
+    for (int i = end - 1; i >= begin; --i) {
+      for (int k = i + 1; k < end; ++k)
+        Subtract(x + i * width, factor[i * stride + k], x + k * width, 0, width);
+      scale(i);
+    }
+  }
 }
 
 HWY_INLINE double SumOfProducts(const float* x, const float* y, size_t size) {

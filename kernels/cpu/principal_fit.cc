@@ -290,11 +290,13 @@ bool FitValues(const PrincipalFitProblem& p, const PrincipalFitRoom& room, const
 
   double trace = 0;
   for (int j = 0; j < r; ++j) trace += room.gram[j * stride + j];
-  for (size_t i = 0; i < r * stride; ++i) room.system[i] = room.gram[i];
-  for (int j = 0; j < r; ++j) room.system[j * stride + j] += kPrincipalRidge * trace / r;
-  for (size_t i = 0; i < r * width; ++i) room.shift[i] = double{target[i]} - kept[i];
-  if (!SolvePositive(room.system, r, stride, room.shift, width)) return false;
-  if (!std::all_of(room.shift, room.shift + r * width, [](double x) { return std::isfinite(x); }))
+  const float ridge = static_cast<float>(kPrincipalRidge * trace / r);
+  std::copy_n(room.gram, r * stride, room.system);
+  for (int j = 0; j < r; ++j) room.system[j * stride + j] += ridge;
+  for (size_t i = 0; i < r * width; ++i) room.shift[i] = target[i] - kept[i];
+  if (!Factorize(room.system, r, stride)) return false;
+  Solve(room.system, r, stride, room.shift, width);
+  if (!std::all_of(room.shift, room.shift + r * width, [](float x) { return std::isfinite(x); }))
     return false;
 
   for (size_t i = 0; i < r * width; ++i) room.fitted[i] = static_cast<float>(room.fitted[i] + room.shift[i]);

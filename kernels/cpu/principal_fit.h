@@ -1,5 +1,5 @@
 // The principal fit (kernels/principal_fit.h), vectorised. Products over references and entries are in fp32,
-// summed in short runs; what is left of norms and the ridge system are in double.
+// summed in short runs; what the elimination leaves of norms is in double.
 #ifndef ATP_KERNELS_CPU_PRINCIPAL_FIT_H_
 #define ATP_KERNELS_CPU_PRINCIPAL_FIT_H_
 
@@ -19,7 +19,7 @@ struct PrincipalFitRoom {
 
   size_t padded_n, padded_d, padded_r;
   double *sums, *norms, *rest;      // [padded_n]: of A's columns; what of their norms² is not spanned yet
-  double *system, *shift;           // [r, padded_r], [r, padded_d]
+  float *system, *shift;            // [r, padded_r], [r, padded_d]
   float *keys, *bias;               // [d, padded_n], [padded_n]
   float* attention;                 // A [m, padded_n]
   float *columns, *reduced;         // of AᵀA, and less the steps of its factor; at most n of [padded_n]
