@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a model of a known shape with random weights, as a Hugging Face directory: config.json and model.safetensors in bf16.
 
-    tests/bench/random_model.py --shape tinyllama-1.1b DIR [--context TOKENS]
+    tests/bench/bench_model.py --shape tinyllama-1.1b DIR [--context TOKENS]
 
 For measuring speed, which depends on shapes only. There is no tokenizer: `atp bench` needs none. Weights are normal with
 standard deviation 1/sqrt(inputs), so that activations and attention scores are of the size that trained models have; they
@@ -12,7 +12,8 @@ import argparse, array, json, math, os, random, struct
 SHAPES = {  # layers, hidden, inner, heads, kv heads, head dim, vocabulary, positions, rope theta, tied embeddings
     "tinyllama-1.1b": (22, 2048, 5632, 32, 4, 64, 32000, 2048, 10000.0, False),
     "llama-3.2-1b": (16, 2048, 8192, 32, 8, 64, 128256, 131072, 500000.0, True),
-    "tiny": (4, 256, 704, 4, 2, 64, 4096, 32768, 500000.0, True),
+    "llama-3-8b-layer": (1, 4096, 14336, 32, 8, 128, 4096, 65536, 500000.0, True),  # one of its 32
+    "tiny": (4, 256, 704, 4, 2, 64, 4096, 65536, 500000.0, True),
 }
 DRAWN = 1 << 20
 
