@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <ctime>
 #include <latch>
 #include <memory>
 #include <numeric>
@@ -43,6 +44,7 @@ struct BenchFlags {
 struct Measured {
   int64_t tokens = 0;
   absl::Duration time;
+  double cpu_seconds = 0;  // of all threads, in the engine only
 };
 
 // What the engine says of its steps.
@@ -166,7 +168,7 @@ absl::StatusOr<Measured> ForwardBench::Prefill() {
       if (auto logits = loaded_->model->Forward(batch, kv_cache_); !logits.ok()) return logits.status();
     }
   }
-  return Measured{int64_t{flags_.batch} * flags_.context, absl::Now() - start};
+  return Measured{int64_t{flags_.batch} * flags_.context, absl::Now() - start, 0};
 }
 
 absl::StatusOr<Measured> ForwardBench::Decode(int steps) {
@@ -177,7 +179,7 @@ absl::StatusOr<Measured> ForwardBench::Decode(int steps) {
     for (int s = 0; s < flags_.batch; ++s) Add(s, flags_.context + t, 1, &batch);
     if (auto logits = loaded_->model->Forward(batch, kv_cache_); !logits.ok()) return logits.status();
   }
-  return Measured{int64_t{flags_.batch} * steps, absl::Now() - start};
+  return Measured{int64_t{flags_.batch} * steps, absl::Now() - start, 0};
 }
 
 class CountingSink final : public OutputSink {
@@ -202,6 +204,7 @@ absl::StatusOr<Measured> ServeAll(BatchingEngine* engine, int64_t vocab_size, in
   auto done = std::make_shared<std::latch>(requests);
   std::vector<std::shared_ptr<CountingSink>> sinks;
   const absl::Time start = absl::Now();
+  const std::clock_t cpu_start = std::clock();
   for (int s = 0; s < requests; ++s) {
     Request request;
     request.prompt = RandomPrompt(context, vocab_size, seed + static_cast<uint64_t>(s));
@@ -214,7 +217,7 @@ absl::StatusOr<Measured> ServeAll(BatchingEngine* engine, int64_t vocab_size, in
       return id.status();
   }
   done->wait();
-  Measured measured{0, absl::Now() - start};
+  Measured measured{0, absl::Now() - start, static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC};
   for (const auto& sink : sinks) {
     if (sink->finish().reason == FinishReason::kError) return absl::InternalError(sink->finish().message);
     measured.tokens += sink->finish().usage.completion_tokens;
@@ -307,6 +310,7 @@ int Bench(const BenchFlags& flags) {
     const double steps = absl::ToDoubleSeconds(totals.step_time);
     const double decode = absl::ToDoubleSeconds(totals.decode_time);
     row["cap"] = flags.cap;
+    row["cpu_seconds"] = measured->cpu_seconds;
     row["fit_share"] = steps > 0 ? absl::ToDoubleSeconds(totals.fit_time) / steps : 0;
     row["most_sequences"] = totals.sequences;
     row["preemptions"] = totals.preemptions;

@@ -12,7 +12,7 @@ import argparse, array, json, math, os, random, struct
 SHAPES = {  # layers, hidden, inner, heads, kv heads, head dim, vocabulary, positions, rope theta, tied embeddings
     "tinyllama-1.1b": (22, 2048, 5632, 32, 4, 64, 32000, 2048, 10000.0, False),
     "llama-3.2-1b": (16, 2048, 8192, 32, 8, 64, 128256, 131072, 500000.0, True),
-    "llama-3-8b-layer": (1, 4096, 14336, 32, 8, 128, 4096, 65536, 500000.0, True),  # one of its 32
+    "tinyllama-layer": (1, 2048, 5632, 32, 4, 64, 4096, 65536, 10000.0, True),  # one of its 22
     "tiny": (4, 256, 704, 4, 2, 64, 4096, 65536, 500000.0, True),
 }
 DRAWN = 1 << 20
