@@ -31,8 +31,8 @@ class PrincipalSegment {
   std::vector<float> keys_, values_, log_mass_, queries_;
   std::vector<float> fitted_keys_, fitted_values_, fitted_log_mass_;
   std::vector<int32_t> chosen_;
-  // Angles of positions: cosines and sines of (position mod 64) · frequency and of 64 k · frequency, whose sums
-  // are all of them. [rows, 2, head_dim / 2]; coarse_[0] is of k = coarse_begin_.
+  // Angles of positions: cosines and sines of (position mod 64) · frequency and of 64 k · frequency, whose
+  // sums are all of them. [rows, 2, head_dim / 2]; coarse_[0] is of k = coarse_begin_.
   std::vector<float> frequencies_;
   std::vector<double> fine_, coarse_;
   int coarse_begin_ = 0;
