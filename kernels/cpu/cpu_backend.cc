@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "absl/base/macros.h"
@@ -204,12 +205,21 @@ class CpuBackend final : public Backend {
   }
 
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
-    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t index, int thread) {
+    // Long fits first, so that no thread is left alone with one.
+    const auto cost = [&](int32_t i) {
+      const PrincipalFitJob& job = args.jobs[i];
+      return int64_t{job.principal_entries + job.exact_entries} * (job.samples * args.group + job.count);
+    };
+    fit_order_.resize(args.jobs.size());
+    std::iota(fit_order_.begin(), fit_order_.end(), 0);
+    std::sort(fit_order_.begin(), fit_order_.end(),
+              [&](int32_t a, int32_t b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
+    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t part, int thread) {
+      const int32_t index = fit_order_[part];
       PrincipalSegment& segment = segments_[thread];
       segment.Gather(args, args.jobs[index]);
       const PrincipalFitProblem& p = segment.problem();
-      const size_t doubles = PrincipalFitScratch(p.n, p.m, p.d, p.count);
-      fit_principal_(p, reinterpret_cast<double*>(scratch_[thread].Reserve(2 * doubles)), segment.fit());
+      fit_principal_(p, scratch_[thread].Reserve(PrincipalFitScratch(p.n, p.m, p.d, p.count)), segment.fit());
       segment.Scatter(args, args.jobs[index]);
       args.reports[index] = segment.report();
     });
@@ -346,6 +356,7 @@ class CpuBackend final : public Backend {
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
   std::vector<AttentionPart> attention_parts_, attention_merges_;
   Scratch attention_partials_;
+  std::vector<int32_t> fit_order_;
   std::vector<int32_t> angle_positions_;
   std::vector<float> angle_frequencies_;
   std::vector<float> angles_;  // [rows, 2, head_dim / 2]
