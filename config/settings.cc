@@ -53,8 +53,8 @@ std::vector<Setting> MakeTable() {
        .max = 1024},
       {.key = "backend.cpu_isa",
        .member = ATP_MEMBER(String, backend.cpu_isa),
-       .meaning =
-           "SIMD instruction set; auto: the best that the machine has (avx512, avx2, sse4, scalar, ...)"},
+       .meaning = "SIMD instruction set; auto: the best that the machine has (avx512_bf16, avx512_vnni, "
+                  "avx512, avx2_vnni, avx2, sse4, scalar, ...)"},
 
       {.key = "scheduler.max_batch_tokens",
        .member = ATP_MEMBER(int, scheduler.max_batch_tokens),
@@ -102,7 +102,7 @@ std::vector<Setting> MakeTable() {
       {.key = "kv_cache.dtype",
        .member = ATP_MEMBER(String, kv_cache.dtype),
        .meaning = "element type of keys and values; auto: bf16 where the weights are 16-bit, else f32",
-       .choices = {"auto", "f32", "bf16"}},
+       .choices = {"auto", "f32", "bf16", "int8", "int4"}},
       {.key = "kv_cache.prefix_cache",
        .member = ATP_MEMBER(bool, kv_cache.prefix_cache),
        .meaning = "keep blocks of finished requests for prompts that begin alike"},

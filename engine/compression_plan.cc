@@ -37,7 +37,8 @@ std::optional<KvPage> PageOf(const CompressionShape& shape, int bits) {
 }  // namespace
 
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits) {
-  const KvFormat format = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
+  const KvFormat wanted = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
+  const KvFormat format = BitsOf(wanted) < BitsOf(exact) ? wanted : exact;
   return KvPage(format, block_tokens * (BitsOf(exact) / BitsOf(format)), head_dim, /*with_log_mass=*/true);
 }
 

@@ -57,7 +57,8 @@ struct CompressionShape {
 };
 
 // The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
-// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
+// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4, but never more than exact
+// ones have.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
 // The same with fewer entries, a multiple of 16, where a block of `block_bytes` has no room for that many:
 // such as an exact one, which leaves none for scales and log masses. None where not even 16 fit.

@@ -27,7 +27,8 @@ struct BackendOptions {
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options);
 
 std::vector<std::string> BuiltDevices();
-// The ISAs this binary carries and this machine can run, best first ("avx512", "avx2", "sse4", …, "scalar").
+// The ISAs this binary carries and this machine can run, best first ("avx512_bf16", "avx512", "avx2", …,
+// "scalar").
 std::vector<std::string> CpuIsaNames();
 
 }  // namespace atp

@@ -1,4 +1,4 @@
-// Element types of weights, and their sizes. Arithmetic is always fp32; these are storage formats.
+// Element types of weights, and their sizes. These are storage formats; sums are fp32 whatever they are.
 #ifndef ATP_KERNELS_DTYPE_H_
 #define ATP_KERNELS_DTYPE_H_
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include "absl/base/macros.h"
@@ -92,6 +93,7 @@ class CpuBackend final : public Backend {
         rope_(RopeFor(isa.target)),
         store_kv_(StoreKvFor(isa.target)),
         attention_(AttentionFor(isa.target)),
+        merge_attention_(MergeAttentionFor(isa.target)),
         fit_principal_(PrincipalFitFor(isa.target)),
         segments_(threads) {
     for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulScratchBytes / sizeof(float));
@@ -106,7 +108,7 @@ class CpuBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format);
+           desc.block_entries % 16 == 0;
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
@@ -135,7 +137,7 @@ class CpuBackend final : public Backend {
     ABSL_ASSERT(args.weight.packed);
     const MatMulKernel& kernel = KernelFor(args.weight.dtype);
     const PackedRows rows = PackRows(args, kernel);
-    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, kernel.tile_rows) * kernel.tile_rows;
+    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
     const int64_t row_blocks = CeilDiv(args.rows, row_width);
     const int64_t pairs = PanelCount(args.weight.rows) / 2;
     const int64_t work = args.rows * args.weight.rows * args.weight.cols;
@@ -184,22 +186,17 @@ class CpuBackend final : public Backend {
   }
 
   void Attention(const AttentionArgs& args) override {
-    const int group = args.heads / args.kv_heads;
-    const int rows_per_part = AttentionRowsPerPart(group);
-    const size_t scratch_floats = AttentionScratchFloats(group, args.pool.exact->head_dim());
-    attention_parts_.clear();
-    for (const KvSequence& sequence : args.sequences) {
-      for (int row = 0; row < sequence.rows; row += rows_per_part) {
-        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
-        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
-          attention_parts_.push_back({&sequence, kv_head, row, row_end});
-        }
-      }
-    }
-    // Long parts first: later rows of a sequence see more entries.
-    std::reverse(attention_parts_.begin(), attention_parts_.end());
+    const size_t scratch_floats =
+        AttentionScratchFloats(args.heads / args.kv_heads, args.pool.exact->head_dim());
+    CutAttention(args);
     pool_.ParallelFor(static_cast<int64_t>(attention_parts_.size()), [&](int64_t index, int thread) {
-      attention_(args, attention_parts_[index], scratch_[thread].Reserve(scratch_floats));
+      const size_t next = static_cast<size_t>(index + pool_.threads());
+      attention_(args, attention_parts_[index],
+                 next < attention_parts_.size() ? &attention_parts_[next] : nullptr,
+                 scratch_[thread].Reserve(scratch_floats));
+    });
+    pool_.ParallelFor(static_cast<int64_t>(attention_merges_.size()), [&](int64_t index, int thread) {
+      merge_attention_(args, attention_merges_[index], scratch_[thread].Reserve(scratch_floats));
     });
   }
 
@@ -208,18 +205,77 @@ class CpuBackend final : public Backend {
   }
 
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
-    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t index, int thread) {
+    // Long fits first, so that no thread is left alone with one.
+    const auto cost = [&](int32_t i) {
+      const PrincipalFitJob& job = args.jobs[i];
+      return int64_t{job.principal_entries + job.exact_entries} * (job.samples * args.group + job.count);
+    };
+    fit_order_.resize(args.jobs.size());
+    std::iota(fit_order_.begin(), fit_order_.end(), 0);
+    std::sort(fit_order_.begin(), fit_order_.end(),
+              [&](int32_t a, int32_t b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
+    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t part, int thread) {
+      const int32_t index = fit_order_[part];
       PrincipalSegment& segment = segments_[thread];
       segment.Gather(args, args.jobs[index]);
       const PrincipalFitProblem& p = segment.problem();
-      const size_t doubles = PrincipalFitScratch(p.n, p.m, p.d, p.count);
-      fit_principal_(p, reinterpret_cast<double*>(scratch_[thread].Reserve(2 * doubles)), segment.fit());
+      fit_principal_(p, scratch_[thread].Reserve(PrincipalFitScratch(p.n, p.m, p.d, p.count)), segment.fit());
       segment.Scatter(args, args.jobs[index]);
       args.reports[index] = segment.report();
     });
   }
 
  private:
+  // Long parts first, so that a head with many entries is not the last to begin. Parts that would leave
+  // threads idle are cut into their chunks.
+  void CutAttention(const AttentionArgs& args) {
+    const int group = args.heads / args.kv_heads, rows_per_part = AttentionRowsPerPart(group);
+    attention_parts_.clear();
+    attention_merges_.clear();
+    int64_t chunks = 0;
+    for (const KvSequence& sequence : args.sequences) {
+      for (int row = 0; row < sequence.rows; row += rows_per_part) {
+        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
+        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
+          AttentionPart part{&sequence, kv_head, row, row_end, 0, 0, nullptr};
+          part.chunk_end = AttentionChunks(part);
+          chunks += part.chunk_end;
+          attention_parts_.push_back(part);
+        }
+      }
+    }
+    const int64_t parts = static_cast<int64_t>(attention_parts_.size());
+    if (pool_.threads() > 1 && parts < pool_.threads() * kPartsPerThread && chunks > parts) {
+      SplitChunks(args);
+    }
+    const auto work = [](const AttentionPart& part) {
+      return static_cast<int64_t>(part.chunk_end - part.chunk_begin) * (part.row_end - part.row_begin);
+    };
+    std::sort(attention_parts_.begin(), attention_parts_.end(),
+              [&](const AttentionPart& a, const AttentionPart& b) { return work(a) > work(b); });
+  }
+
+  void SplitChunks(const AttentionArgs& args) {
+    attention_merges_.swap(attention_parts_);
+    const auto floats = [&](const AttentionPart& part) {
+      return AttentionPartialFloats((part.row_end - part.row_begin) * (args.heads / args.kv_heads),
+                                    args.pool.exact->head_dim());
+    };
+    size_t total = 0;
+    for (const AttentionPart& merge : attention_merges_) {
+      total += floats(merge) * static_cast<size_t>(merge.chunk_end);
+    }
+    float* partial = attention_partials_.Reserve(total);
+    for (AttentionPart& merge : attention_merges_) {
+      merge.partial = partial;
+      for (int chunk = 0; chunk < merge.chunk_end; ++chunk, partial += floats(merge)) {
+        AttentionPart part = merge;
+        part.chunk_begin = chunk, part.chunk_end = chunk + 1, part.partial = partial;
+        attention_parts_.push_back(part);
+      }
+    }
+  }
+
   const MatMulKernel& KernelFor(DType dtype) const {
     return IsQuantized(dtype) ? int8_matmul_ : dtype == DType::kBF16 ? bf16_matmul_ : float_matmul_;
   }
@@ -228,7 +284,9 @@ class CpuBackend final : public Backend {
   PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel) {
     const int64_t cols = args.weight.cols;
     PackedRows rows{};
-    rows.tile_rows = kernel.tile_rows;
+    // As many tiles as the largest would make, all about as large.
+    const int64_t tiles = std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
+    rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
     rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
     const int64_t words = args.rows * rows.words_per_row;
     rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
@@ -238,7 +296,7 @@ class CpuBackend final : public Backend {
       rows.block_words =
           reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
     }
-    ForRows(CeilDiv(args.rows, kernel.tile_rows), kernel.tile_rows * cols,
+    ForRows(tiles, rows.tile_rows * cols,
             [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
     return rows;
   }
@@ -292,10 +350,13 @@ class CpuBackend final : public Backend {
   const RopeFn rope_;
   const StoreKvFn store_kv_;
   const AttentionFn attention_;
+  const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
-  std::vector<AttentionPart> attention_parts_;
+  std::vector<AttentionPart> attention_parts_, attention_merges_;
+  Scratch attention_partials_;
+  std::vector<int32_t> fit_order_;
   std::vector<int32_t> angle_positions_;
   std::vector<float> angle_frequencies_;
   std::vector<float> angles_;  // [rows, 2, head_dim / 2]

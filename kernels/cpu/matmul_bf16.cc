@@ -16,6 +16,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/load-inl.h"
 #include "kernels/cpu/matmul_tile-inl.h"
@@ -28,6 +29,7 @@ namespace atp::cpu {
 namespace HWY_NAMESPACE {
 
 constexpr int kTileRows = 8;
+constexpr int64_t kPrefetch = 64;  // pairs ahead that weights are asked for: 4 KB
 constexpr int64_t kSlice =
     256;  // pairs of k: both panels' 32 KB and a tile's x stay in the first-level cache
 
@@ -44,6 +46,7 @@ struct PairsProduct {
   const uint32_t* const (&panels)[P];
   Tile tile;
   int64_t begin, end;
+  bool fetch;  // later tiles find the weights in the cache
 
   template <int R>
   HWY_NOINLINE void Run() const {
@@ -52,6 +55,9 @@ struct PairsProduct {
     VF acc[R][P];
     ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int p = 0; p < P; ++p) acc[r][p] = hn::Zero(d); }
     for (int64_t k = begin; k < end; ++k) {
+      if (fetch) {
+        ATP_UNROLL for (int p = 0; p < P; ++p) hwy::Prefetch(panels[p] + (k + kPrefetch) * kPanelOuts);
+      }
       VU weight[P];
       ATP_UNROLL for (int p = 0; p < P; ++p) weight[p] = hn::LoadU(DU(), panels[p] + k * kPanelOuts);
       ATP_UNROLL for (int r = 0; r < R; ++r) {
@@ -77,16 +83,17 @@ HWY_INLINE void MultiplyPanels(const MatMulArgs& args, const PackedRows& rows, c
   const uint32_t* const(&fixed)[P] = panels;
   for (int64_t k = 0; k < pairs; k += kSlice) {
     const int64_t end = std::min(k + kSlice, pairs);
-    for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
-      WithRows<kTileRows>(std::min<int64_t>(kTileRows, part.row_end - row),
-                          PairsProduct<P>{args, rows, fixed, {row, panel, k == 0}, k, end});
+    for (int64_t row = part.row_begin; row < part.row_end; row += rows.tile_rows) {
+      WithRows<kTileRows>(
+          std::min<int64_t>(rows.tile_rows, part.row_end - row),
+          PairsProduct<P>{args, rows, fixed, {row, panel, k == 0}, k, end, row == part.row_begin});
     }
   }
 }
 
 void MultiplyPairs(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part,
                    std::byte* /*scratch*/) {
-  if (part.row_end - part.row_begin > kTileRows) {
+  if (part.row_end - part.row_begin > rows.tile_rows) {
     for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += 2) {
       MultiplyPanels<2>(args, rows, part, panel);
     }
@@ -100,14 +107,18 @@ void MultiplyPairs(const MatMulArgs& args, const PackedRows& rows, const MatMulP
 void PackPairs(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) {
   const int64_t cols = args.weight.cols;
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t row = t * kTileRows;
-    const int64_t count = std::min<int64_t>(kTileRows, args.rows - row);
+    const int64_t row = t * rows.tile_rows;
+    const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - row);
     uint32_t* to = rows.words + row * rows.words_per_row;
     for (int64_t r = 0; r < count; ++r) {
       const float* x = args.x + (row + r) * cols;
-      for (int64_t k = 0; k < (cols + 1) / 2; ++k) {
-        const uint32_t second = 2 * k + 1 < cols ? FloatToBF16(x[2 * k + 1]) : 0;
-        to[k * count + r] = FloatToBF16(x[2 * k]) | second << 16;
+      for (int64_t k = 0; k < cols; k += 16) {
+        const __m512 sixteen = _mm512_maskz_loadu_ps(
+            static_cast<__mmask16>(cols - k < 16 ? (1 << (cols - k)) - 1 : 0xffff), x + k);
+        alignas(32) uint32_t pairs[8];
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)_mm512_cvtneps_pbh(sixteen));
+        const int64_t left = std::min<int64_t>(8, (cols - k + 1) / 2);
+        for (int64_t i = 0; i < left; ++i) to[(k / 2 + i) * count + r] = pairs[i];
       }
     }
   }

@@ -16,6 +16,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/load-inl.h"
 #include "kernels/cpu/matmul_tile-inl.h"
@@ -35,6 +36,8 @@ constexpr int kTileRows = 2;
 #endif
 // Elements of k per slice: a pair of panels in fp32 (32 KB) and a tile's x stay in the first-level cache.
 constexpr int64_t kSlice = 256;
+// How far ahead weights are asked for: some KB, about memory's latency times a core's share of its bandwidth.
+constexpr int64_t kPrefetch = 128;
 
 // Loaders: Load(k, v, out) gives vector v of the panel's weights at k, k + 1, …, k + kStep - 1.
 struct F32Loader {
@@ -42,6 +45,7 @@ struct F32Loader {
   HWY_INLINE void Load(int64_t k, int v, VF* out) const {
     out[0] = hn::LoadU(DF(), data + k * kPanelOuts + v * kLanes);
   }
+  HWY_INLINE void Prefetch(int64_t k) const { hwy::Prefetch(data + k * kPanelOuts); }
   const float* data;
 };
 
@@ -50,6 +54,7 @@ struct F16Loader {
   HWY_INLINE void Load(int64_t k, int v, VF* out) const {
     out[0] = LoadFloats(DF(), data + k * kPanelOuts + v * kLanes);
   }
+  HWY_INLINE void Prefetch(int64_t k) const { hwy::Prefetch(data + k * kPanelOuts); }
   const hwy::float16_t* data;
 };
 
@@ -61,6 +66,7 @@ struct BF16Loader {
     out[0] = hn::BitCast(DF(), hn::ShiftLeft<16>(pair));
     out[1] = hn::BitCast(DF(), hn::And(pair, hn::Set(DU(), 0xffff0000u)));
   }
+  HWY_INLINE void Prefetch(int64_t k) const { hwy::Prefetch(data + k / 2 * kPanelOuts); }
   const uint32_t* data;  // pairs
 };
 
@@ -74,6 +80,7 @@ HWY_INLINE void SumProducts(const L (&loaders)[P], const float* HWY_RESTRICT x, 
   VF acc[R][V];
   ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
   for (int64_t k = begin; k < end; k += S) {
+    ATP_UNROLL for (int p = 0; p < P; ++p) loaders[p].Prefetch(k + kPrefetch);
     VF weight[V][S];
     ATP_UNROLL for (int v = 0; v < V; ++v) loaders[v / kPanelVectors].Load(k, v % kPanelVectors, weight[v]);
     ATP_UNROLL for (int s = 0; s < S; ++s) {
@@ -110,6 +117,7 @@ struct TileProduct {
 template <class L>
 HWY_INLINE void Convert(const L& from, int64_t begin, int64_t end, float* to) {
   for (int64_t k = begin; k < end; k += L::kStep, to += L::kStep * kPanelOuts) {
+    from.Prefetch(k + kPrefetch);
     for (int v = 0; v < kPanelVectors; ++v) {
       VF out[L::kStep];
       from.Load(k, v, out);
@@ -126,6 +134,7 @@ struct SliceLoader {
   HWY_INLINE void Load(int64_t k, int v, VF* out) const {
     out[0] = hn::LoadU(DF(), data + (k - first) * kPanelOuts + v * kLanes);
   }
+  HWY_INLINE void Prefetch(int64_t) const {}  // in the first-level cache already
   const float* data = nullptr;
   int64_t first = 0;
 };
@@ -138,7 +147,7 @@ void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart
   const auto panel_at = [&](int64_t panel) {
     return L{reinterpret_cast<const T*>(data + static_cast<size_t>(panel) * layout.bytes)};
   };
-  if (part.row_end - part.row_begin <= kTileRows) {
+  if (part.row_end - part.row_begin <= rows.tile_rows) {
     // Bound by reading the weights: each once, from front to back, converted in registers.
     const int64_t panel_end = std::min(part.panel_end, (args.weight.rows + kPanelOuts - 1) / kPanelOuts);
     for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
@@ -160,9 +169,9 @@ void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart
         loaders[p] = {reinterpret_cast<float*>(scratch) + p * kSlice * kPanelOuts, k};
         Convert(panel_at(panel + p), k, end, const_cast<float*>(loaders[p].data));
       }
-      for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+      for (int64_t row = part.row_begin; row < part.row_end; row += rows.tile_rows) {
         WithRows<kTileRows>(
-            std::min<int64_t>(kTileRows, part.row_end - row),
+            std::min<int64_t>(rows.tile_rows, part.row_end - row),
             TileProduct<kTilePanels, SliceLoader>{args, rows, loaders, {row, panel, k == 0}, k, end});
       }
     }
@@ -185,8 +194,8 @@ void Multiply(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& 
 void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) {
   const int64_t cols = args.weight.cols;
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t row = t * kTileRows;
-    const int64_t count = std::min<int64_t>(kTileRows, args.rows - row);
+    const int64_t row = t * rows.tile_rows;
+    const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - row);
     const float* x = args.x + row * cols;
     float* to = reinterpret_cast<float*>(rows.words + row * rows.words_per_row);
     for (int64_t k = 0; k < rows.words_per_row; ++k, to += count) {

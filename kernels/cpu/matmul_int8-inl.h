@@ -9,6 +9,8 @@ constexpr int kTileRows = 2;
 #endif
 // Blocks of 32 per slice of k: a pair of unpacked panels and a tile's x stay in the first-level cache.
 constexpr int64_t kSliceBlocks = 16;
+// How far ahead weights are asked for: about memory's latency times a core's share of its bandwidth.
+constexpr int64_t kPrefetchBlocks = kSliceBlocks;
 
 // Four products per lane of a unit of weights (0..255) and a row's four elements.
 #if ATP_DOT8
@@ -143,6 +145,16 @@ struct PackedLoader {
                    LoadIntegers<uint8_t>(scales + b * 32 + 16 + at));
   }
 
+  // The bytes of block b of this panel, or, where that is past its end, of what follows it.
+  HWY_INLINE void Prefetch(int64_t b) const {
+    constexpr int kBytes = kType == DType::kQ8_0 ? 512 : 256;
+    for (int i = 0; i < kBytes; i += 64) hwy::Prefetch(quants + b * kBytes + i);
+    if (kType == DType::kQ5_K) hwy::Prefetch(high + b * 64);
+    if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128);
+    if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128 + 64);
+    if (b % 2 == 0) hwy::Prefetch(scales + b * 32);
+  }
+
   const uint8_t* super;
   const uint8_t* scales;
   const uint8_t* quants;
@@ -162,6 +174,11 @@ struct UnpackedLoader {
   static constexpr bool kHalves = kHalves_;
   static constexpr bool kMins = kMins_;
 
+  // Of the next slice, as it lies packed, while this one is multiplied with the first tile.
+  HWY_INLINE void Prefetch(int64_t b) const {
+    if (next == nullptr) return;
+    for (int64_t i = 0; i < next_bytes; i += 64) hwy::Prefetch(next + b * next_bytes + i);
+  }
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
     return LoadBytes(bytes + (b - first) * 512 + j * 64 + v * kLanes * 4);
   }
@@ -175,7 +192,9 @@ struct UnpackedLoader {
   const uint8_t* bytes = nullptr;
   const float* scales = nullptr;
   const float* mins = nullptr;
-  int64_t first = 0;  // block
+  int64_t first = 0;              // block
+  const uint8_t* next = nullptr;  // quants, or null: fetched already
+  int64_t next_bytes = 0;         // per block
 };
 
 // Blocks [begin, end) of a panel's slice into scratch (q8_0's bytes stay where they are).
@@ -202,8 +221,10 @@ HWY_INLINE UnpackedLoader<PackedLoader<kType>::kHalves, PackedLoader<kType>::kMi
       }
     }
   }
-  if constexpr (kType == DType::kQ8_0) return {from.quants + begin * 512, scales, mins, begin};
-  return {bytes, scales, mins, begin};
+  if constexpr (kType == DType::kQ8_0) {
+    return {from.quants + begin * 512, scales, mins, begin, from.quants, 512};
+  }
+  return {bytes, scales, mins, begin, from.quants, 256};
 }
 
 // dot[r][.] += units [kFrom, kTo) of block b times row r's elements. words: the block's, of the tile.
@@ -234,6 +255,7 @@ HWY_INLINE void SumBlocks(const L (&loaders)[P], const uint32_t* HWY_RESTRICT wo
   VF acc[R][V];
   ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
   for (int64_t b = begin; b < end; ++b) {
+    ATP_UNROLL for (int p = 0; p < P; ++p) loaders[p].Prefetch(b + kPrefetchBlocks);
     const uint32_t* x = words + b * 8 * kDotWords * R;
     const uint32_t* about = block_words + b * kRowWords * R;
     const float* x_scale = reinterpret_cast<const float*>(about + kRowScale * R);
@@ -307,7 +329,7 @@ void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart
   const int64_t blocks = args.weight.cols / kQuantBlock;
   const auto panel_at = [&](int64_t panel) { return data + static_cast<size_t>(panel) * layout.bytes; };
   using Packed = PackedLoader<kType>;
-  if (part.row_end - part.row_begin <= kTileRows) {
+  if (part.row_end - part.row_begin <= rows.tile_rows) {
     // Bound by reading the weights: each once, from front to back, unpacked in registers.
     const int64_t panel_end = std::min(part.panel_end, (args.weight.rows + kPanelOuts - 1) / kPanelOuts);
     for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
@@ -330,10 +352,11 @@ void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart
         loaders[p] = Unpack<kType>(Packed(layout, panel_at(panel + p)), b, end,
                                    scratch + static_cast<size_t>(p) * (kMatMulScratchBytes / 2));
       }
-      for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+      for (int64_t row = part.row_begin; row < part.row_end; row += rows.tile_rows) {
         WithRows<kTileRows>(
-            std::min<int64_t>(kTileRows, part.row_end - row),
+            std::min<int64_t>(rows.tile_rows, part.row_end - row),
             TileProduct<kTilePanels, Unpacked>{args, rows, loaders, {row, panel, b == 0}, b, end});
+        for (Unpacked& loader : loaders) loader.next = nullptr;
       }
     }
   }
@@ -358,57 +381,74 @@ void Multiply(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& 
   }
 }
 
-// 32 elements to integers within ±127. Returns the scale; NaN where an element is not finite.
-HWY_INLINE float QuantizeBlock(const float* HWY_RESTRICT x, int32_t* HWY_RESTRICT q) {
+// 32 elements as int8, under a scale that makes the largest 127 (NaN where one is not finite).
+struct QuantizedBlock {
+  alignas(64) int8_t q[kQuantBlock];
+  float scale;
+  int32_t half_sums[2];
+};
+
+HWY_INLINE void QuantizeBlock(const float* HWY_RESTRICT x, QuantizedBlock& out) {
   const DF d;
-  VF largest = hn::Zero(d), odd = hn::Zero(d);
+  const DI di;
+  // As integers, magnitudes compare like the numbers they are, and infinity and NaN are the largest.
+  VI largest = hn::Zero(di);
   for (int i = 0; i < kQuantBlock; i += kLanes) {
-    const VF v = hn::LoadU(d, x + i);
-    largest = hn::Max(largest, hn::Abs(v));
-    odd = hn::MulAdd(v, hn::Zero(d), odd);
+    largest = hn::Max(largest, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
   }
-  const float peak = hn::GetLane(hn::MaxOfLanes(d, largest));
-  const VF inverse = hn::Set(d, peak > 0 ? 127 / peak : 0.0f);
-  const VF limit = hn::Set(d, 127.0f);
-  for (int i = 0; i < kQuantBlock; i += kLanes) {
-    const VF scaled = hn::Mul(hn::LoadU(d, x + i), inverse);
-    hn::StoreU(hn::NearestInt(hn::Max(hn::Min(scaled, limit), hn::Neg(limit))), DI(), q + i);
+  const int32_t peak_bits = hn::GetLane(hn::MaxOfLanes(di, largest));
+  const float peak = std::bit_cast<float>(peak_bits);
+  const bool finite = peak_bits < 0x7f800000;
+  // Below 2^-120 the inverse would overflow: such a block counts as zeros.
+  const VF inverse = hn::Set(d, finite && peak > 0x1p-120f ? 127 / peak : 0.0f);
+  const hn::Rebind<int8_t, DI> d8;
+  for (int half = 0; half < 2; ++half) {
+    VI sum = hn::Zero(di);
+    for (int i = half * 16; i < half * 16 + 16; i += kLanes) {
+      const VI q = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse));
+      sum = hn::Add(sum, q);
+      hn::StoreU(hn::DemoteTo(d8, q), d8, out.q + i);
+    }
+    out.half_sums[half] = hn::GetLane(hn::SumOfLanes(di, sum));
   }
-  return peak / 127 + hn::GetLane(hn::SumOfLanes(d, odd));
+  out.scale = finite ? peak / 127 : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Block b's words about row r.
+HWY_INLINE void PutAbout(const QuantizedBlock& block, int64_t count, uint32_t* HWY_RESTRICT about) {
+  const int32_t sum = block.half_sums[0] + block.half_sums[1];
+  about[kRowScale * count] = std::bit_cast<uint32_t>(block.scale);
+  about[kRowSum * count] = std::bit_cast<uint32_t>(block.scale * static_cast<float>(sum));
+  about[kRowOffset * count] = static_cast<uint32_t>(-128 * sum);
+  about[kRowHalfFirst * count] = static_cast<uint32_t>(-32 * block.half_sums[0]);
+  about[kRowHalfSecond * count] = static_cast<uint32_t>(-32 * block.half_sums[1]);
 }
 
 void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) {
   const int64_t cols = args.weight.cols;
   for (int64_t t = begin; t < end; ++t) {
-    const int64_t row = t * kTileRows;
-    const int64_t count = std::min<int64_t>(kTileRows, args.rows - row);
-    uint32_t* words = rows.words + row * rows.words_per_row;
-    uint32_t* about = rows.block_words + row * rows.block_words_per_row;
-    for (int64_t b = 0; b < cols / kQuantBlock; ++b, about += kRowWords * count) {
+    const int64_t first = t * rows.tile_rows;
+    const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - first);
+    for (int64_t b = 0; b < cols / kQuantBlock; ++b) {
+      uint32_t* about = rows.block_words + first * rows.block_words_per_row + b * kRowWords * count;
+      uint32_t* words = rows.words + first * rows.words_per_row + b * 8 * kDotWords * count;
       for (int64_t r = 0; r < count; ++r) {
-        int32_t q[kQuantBlock];
-        const float scale = QuantizeBlock(args.x + (row + r) * cols + b * kQuantBlock, q);
-        int32_t half[2] = {};
-        for (int i = 0; i < kQuantBlock; ++i) half[i / 16] += q[i];
-        const int32_t sum = half[0] + half[1];
-        about[kRowScale * count + r] = std::bit_cast<uint32_t>(scale);
-        about[kRowSum * count + r] = std::bit_cast<uint32_t>(scale * static_cast<float>(sum));
-        about[kRowOffset * count + r] = static_cast<uint32_t>(-128 * sum);
-        about[kRowHalfFirst * count + r] = static_cast<uint32_t>(-32 * half[0]);
-        about[kRowHalfSecond * count + r] = static_cast<uint32_t>(-32 * half[1]);
-        for (int j = 0; j < 8; ++j, words += kDotWords * count) {
-          uint32_t bits[4];
-          for (int i = 0; i < 4; ++i) bits[i] = static_cast<uint32_t>(q[j * 4 + i]);
+        QuantizedBlock block;
+        QuantizeBlock(args.x + (first + r) * cols + b * kQuantBlock, block);
+        PutAbout(block, count, about + r);
+        for (int j = 0; j < 8; ++j) {
           if constexpr (kDotWords == 1) {
-            words[r] = (bits[0] & 255) | (bits[1] & 255) << 8 | (bits[2] & 255) << 16 | bits[3] << 24;
+            std::memcpy(words + j * count + r, block.q + 4 * j, 4);
           } else {
-            words[r] = (bits[0] & 0xffff) | bits[2] << 16;
-            words[count + r] = (bits[1] & 0xffff) | bits[3] << 16;
+            const auto pair = [&](int i) {
+              return (static_cast<uint32_t>(block.q[4 * j + i]) & 0xffffu) |
+                     static_cast<uint32_t>(block.q[4 * j + i + 2]) << 16;
+            };
+            words[2 * j * count + r] = pair(0);
+            words[(2 * j + 1) * count + r] = pair(1);
           }
         }
-        words -= 8 * kDotWords * count;
       }
-      words += 8 * kDotWords * count;
     }
   }
 }

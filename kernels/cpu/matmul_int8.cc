@@ -6,6 +6,8 @@
 // registers or beforehand) changes a term or that order.
 #include <algorithm>
 #include <bit>
+#include <cstring>
+#include <limits>
 
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/panels.h"
@@ -17,6 +19,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+#include "hwy/cache_control.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/load-inl.h"
 #include "kernels/cpu/matmul_tile-inl.h"

@@ -67,7 +67,7 @@ class ReferenceBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format);
+           desc.block_entries % 16 == 0;
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }

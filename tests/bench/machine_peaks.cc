@@ -4,131 +4,87 @@
 #include <chrono>
 #include <cstdint>
 #include <fstream>
-#include <functional>
-#include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/thread_pool.h"
 
 namespace atp {
 namespace {
 
-// GCC keeps a chain's register only if nothing could have changed it: hence one asm that does nothing.
+using Clock = std::chrono::steady_clock;
+
+// The shortest of many short runs of `body` on all threads: the machine may have other guests.
+template <class Body>
+double ShortestRun(cpu::ThreadPool& pool, const Body& body) {
+  double best = 1e30;
+  for (int run = 0; run < 1000; ++run) {
+    const Clock::time_point start = Clock::now();
+    pool.ParallelFor(pool.threads(), body);
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return best;
+}
+
 #if defined(__x86_64__)
-constexpr int kChains = 16;  // more than latency times throughput
+constexpr int64_t kSteps = 20000;
+constexpr int kChains = 12;  // enough to hide the latency of two instructions per cycle
 
-__attribute__((target("avx512f"))) double Fp32Loop(int64_t steps) {
-  __m512 sum[kChains], a = _mm512_set1_ps(0.5f);
-  for (auto& s : sum) s = _mm512_set1_ps(1.0f);
-  for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
-    for (auto& s : sum) s = _mm512_fmadd_ps(s, a, a);
+// Twelve chains of one instruction. Assembly, because compilers add register moves to instructions that
+// overwrite an operand.
+#define ATP_CHAIN(op, n) op " %%zmm30, %%zmm31, %%zmm" #n "\n"
+#define ATP_CHAINS(op)                                                                              \
+  for (int64_t i = 0; i < kSteps; ++i) {                                                            \
+    asm volatile(ATP_CHAIN(op, 0) ATP_CHAIN(op, 1) ATP_CHAIN(op, 2)::: "xmm0", "xmm1", "xmm2");     \
+    asm volatile(ATP_CHAIN(op, 3) ATP_CHAIN(op, 4) ATP_CHAIN(op, 5)::: "xmm3", "xmm4", "xmm5");     \
+    asm volatile(ATP_CHAIN(op, 6) ATP_CHAIN(op, 7) ATP_CHAIN(op, 8)::: "xmm6", "xmm7", "xmm8");     \
+    asm volatile(ATP_CHAIN(op, 9) ATP_CHAIN(op, 10) ATP_CHAIN(op, 11)::: "xmm9", "xmm10", "xmm11"); \
   }
-  for (auto& s : sum) asm volatile("" : "+v"(s));
-  return static_cast<double>(steps) * kChains * 32;
+
+double Rate(cpu::ThreadPool& pool, double per_instruction, void (*loop)(int64_t, int)) {
+  const double operations = static_cast<double>(kSteps) * kChains * per_instruction * pool.threads();
+  return operations / ShortestRun(pool, loop) * 1e-9;
 }
 
-__attribute__((target("avx512f,avx512bf16"))) double Bf16Loop(int64_t steps) {
-  __m512 sum[kChains];
-  __m512i a = _mm512_set1_epi32(0x3f003f00);
-  for (auto& s : sum) s = _mm512_set1_ps(1.0f);
-  for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
-    for (auto& s : sum) s = _mm512_dpbf16_ps(s, (__m512bh)a, (__m512bh)a);
-    asm volatile("" : "+v"(a));
-  }
-  for (auto& s : sum) asm volatile("" : "+v"(s));
-  return static_cast<double>(steps) * kChains * 64;
-}
-
-__attribute__((target("avx512f,avx512vnni"))) double Int8Loop(int64_t steps) {
-  __m512i sum[kChains], a = _mm512_set1_epi32(0x01010101);
-  for (auto& s : sum) s = a;
-  for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 16
-    for (auto& s : sum) s = _mm512_dpbusd_epi32(s, a, a);
-    asm volatile("" : "+v"(a));
-  }
-  for (auto& s : sum) asm volatile("" : "+v"(s));
-  return static_cast<double>(steps) * kChains * 128;
-}
-
-__attribute__((target("avx2,fma"))) double Fp32LoopAvx2(int64_t steps) {
-  __m256 sum[12], a = _mm256_set1_ps(0.5f);
-  for (auto& s : sum) s = _mm256_set1_ps(1.0f);
-  for (int64_t i = 0; i < steps; ++i) {
-#pragma GCC unroll 12
-    for (auto& s : sum) s = _mm256_fmadd_ps(s, a, a);
-  }
-  for (auto& s : sum) asm volatile("" : "+x"(s));
-  return static_cast<double>(steps) * 12 * 16;
-}
+void Fp32Chains(int64_t, int) { ATP_CHAINS("vfmadd231ps") }
+void Bf16Chains(int64_t, int) { ATP_CHAINS("vdpbf16ps") }
+void Int8Chains(int64_t, int) { ATP_CHAINS("vpdpbusd") }
 #endif
 
-// Operations per second of `loop` on all threads at once.
-double Rate(int threads, double (*loop)(int64_t)) {
-  constexpr int64_t kSteps = 4 << 20;
-  double best = 0;
-  for (int run = 0; run < 6; ++run) {
-    std::vector<std::thread> others;
-    std::vector<double> rates(static_cast<size_t>(threads));
-    const auto measure = [&](int thread) {
-      const auto start = std::chrono::steady_clock::now();
-      const double operations = loop(kSteps);
-      const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
-      rates[static_cast<size_t>(thread)] = operations / time.count();
-    };
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(measure, thread);
-    measure(0);
-    for (std::thread& other : others) other.join();
-    double sum = 0;
-    for (const double rate : rates) sum += rate;
-    best = std::max(best, sum);
-  }
-  return best * 1e-9;
-}
-
-double ReadRate(int threads) {
-  constexpr size_t kWords = (size_t{512} << 20) / sizeof(uint64_t);
+double ReadRate(cpu::ThreadPool& pool) {
+  constexpr size_t kWords = (size_t{256} << 20) / sizeof(uint64_t);
+  constexpr size_t kPieceWords = (size_t{8} << 20) / sizeof(uint64_t);
   const std::vector<uint64_t> memory(kWords, 1);
-  double best = 0;
-  for (int run = 0; run < 6; ++run) {
-    std::vector<std::thread> others;
-    std::vector<uint64_t> sums(static_cast<size_t>(threads) * 8);
-    const auto start = std::chrono::steady_clock::now();
-    const auto read = [&](int thread) {
-      const size_t share = kWords / static_cast<size_t>(threads) / 32 * 32;
-      const uint64_t* from = memory.data() + static_cast<size_t>(thread) * share;
+  size_t turn = 0;
+  double best = 1e30;
+  for (int run = 0; run < 600; ++run) {
+    const uint64_t* piece = memory.data() + turn++ % (kWords / kPieceWords) * kPieceWords;
+    const Clock::time_point start = Clock::now();
+    const int parts = 4 * pool.threads();
+    pool.ParallelFor(parts, [&](int64_t part, int) {
+      const size_t share = kPieceWords / static_cast<size_t>(parts) / 32 * 32;
+      const uint64_t* from = piece + static_cast<size_t>(part) * share;
       uint64_t sum[32] = {};
       for (size_t i = 0; i < share; i += 32) {
         for (size_t j = 0; j < 32; ++j) sum[j] ^= from[i + j];
       }
-      for (const uint64_t s : sum) sums[static_cast<size_t>(thread) * 8] ^= s;
-    };
-    for (int thread = 1; thread < threads; ++thread) others.emplace_back(read, thread);
-    read(0);
-    for (std::thread& other : others) other.join();
-    const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
-    for (uint64_t& sum : sums) asm volatile("" : "+r"(sum));
-    best = std::max(best, static_cast<double>(kWords) * sizeof(uint64_t) / time.count());
+      for (uint64_t& s : sum) asm volatile("" : "+r"(s));
+    });
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
   }
-  return best * 1e-9;
+  return static_cast<double>(kPieceWords) * sizeof(uint64_t) / best * 1e-9;
 }
 
 }  // namespace
 
 MachinePeaks MeasurePeaks(int threads) {
+  cpu::ThreadPool pool(threads);
   MachinePeaks peaks;
-  peaks.read = ReadRate(threads);
+  peaks.read = ReadRate(pool);
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f")) {
-    peaks.fp32 = Rate(threads, Fp32Loop);
-    if (__builtin_cpu_supports("avx512bf16")) peaks.bf16 = Rate(threads, Bf16Loop);
-    if (__builtin_cpu_supports("avx512vnni")) peaks.int8 = Rate(threads, Int8Loop);
-  } else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    peaks.fp32 = Rate(threads, Fp32LoopAvx2);
+    peaks.fp32 = Rate(pool, 32, Fp32Chains);
+    if (__builtin_cpu_supports("avx512bf16")) peaks.bf16 = Rate(pool, 64, Bf16Chains);
+    if (__builtin_cpu_supports("avx512vnni")) peaks.int8 = Rate(pool, 128, Int8Chains);
   }
 #endif
   return peaks;
