@@ -98,7 +98,10 @@ HWY_INLINE void Exponentials(float* HWY_RESTRICT x, size_t size) {
   V top = hn::Load(d, x);
   for (size_t i = lanes; i < size; i += lanes) top = hn::Max(top, hn::Load(d, x + i));
   top = hn::MaxOfLanes(d, top);
-  for (size_t i = 0; i < size; i += lanes) hn::Store(hn::Exp(d, hn::Sub(hn::Load(d, x + i), top)), d, x + i);
+  for (size_t i = 0; i < size; i += lanes) {
+    const V v = hn::Sub(hn::Load(d, x + i), top);
+    hn::Store(hn::IfThenElse(hn::IsNaN(v), v, hn::Exp(d, v)), d, x + i);  // Exp makes 0 of NaN
+  }
 }
 
 // kVectors vectors of y := matrix x, for a symmetric matrix [r, stride].

@@ -322,12 +322,52 @@ TEST_F(Degenerate, AsManyAsThereAreKeepsEveryEntryAsItIs) {
   }
 }
 
+// What is not finite comes out as kept entries: other indices in range, their own keys and values, a mass
+// that is a number.
 TEST_F(Degenerate, NotFiniteInputIsKeptAsItIs) {
-  Problem p = RandomProblem(rng, 32, 16, 8, 8, 0, false);
-  p.values[5] = INFINITY;
-  const Fit fit = Solve(p, nullptr);
-  EXPECT_FALSE(fit.result.fitted);
-  for (const cpu::Isa& isa : cpu::AvailableIsas()) EXPECT_FALSE(Solve(p, &isa).result.fitted);
+  const auto make = [&](int which, float x, bool everywhere) {
+    Problem p = RandomProblem(rng, 32, 16, 8, 8, 2, false);
+    std::vector<float>* const v = which == 0 ? &p.keys : which == 1 ? &p.values : &p.queries;
+    if (everywhere) {
+      std::fill(v->begin(), v->end(), x);
+    } else {
+      (*v)[5 * p.d + 3] = x;
+    }
+    return p;
+  };
+  const std::vector<cpu::Isa> isas = cpu::AvailableIsas();
+  for (const int which : {0, 1, 2})
+    for (const float x : {NAN, INFINITY, -INFINITY})
+      for (const bool everywhere : {false, true})
+        for (size_t i = 0; i <= isas.size(); ++i) {
+          SCOPED_TRACE((i == 0 ? "reference " : isas[i - 1].name + " ") + std::to_string(which) + " " +
+                       std::to_string(x) + (everywhere ? " everywhere" : ""));
+          const Problem p = make(which, x, everywhere);
+          const Fit fit = Solve(p, i == 0 ? nullptr : &isas[i - 1]);
+          EXPECT_FALSE(fit.result.fitted);
+          EXPECT_EQ(fit.result.mass_residual, 0);
+          EXPECT_EQ(fit.result.output_residual, 0);
+          for (int j = 0; j < p.count; ++j) {
+            const int from = fit.chosen[j];
+            ASSERT_GE(from, j == 0 ? 0 : fit.chosen[j - 1] + 1);
+            ASSERT_LT(from, p.n);
+            EXPECT_TRUE(std::isfinite(fit.log_mass[j]));
+            EXPECT_EQ(std::memcmp(&fit.keys[j * p.d], &p.keys[from * p.d], p.d * sizeof(float)), 0);
+            EXPECT_EQ(std::memcmp(&fit.values[j * p.d], &p.values[from * p.d], p.d * sizeof(float)), 0);
+          }
+        }
+}
+
+TEST_F(Degenerate, ZeroValues) {
+  Problem p = RandomProblem(rng, 64, 32, 16, 8, 4, false);
+  std::fill(p.values.begin(), p.values.end(), 0.0f);
+  const std::vector<cpu::Isa> isas = cpu::AvailableIsas();
+  for (size_t i = 0; i <= isas.size(); ++i) {
+    const Fit fit = Solve(p, i == 0 ? nullptr : &isas[i - 1]);
+    EXPECT_EQ(fit.values, std::vector<float>(p.count * p.d, 0.0f));
+    EXPECT_TRUE(std::isfinite(fit.result.output_residual));
+    for (const float mass : fit.log_mass) EXPECT_TRUE(std::isfinite(mass));
+  }
 }
 
 }  // namespace
