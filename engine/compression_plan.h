@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/block_table.h"
 #include "kernels/kv_page.h"
 
 namespace atp {
@@ -53,9 +54,13 @@ struct CompressionShape {
   int max_positions = 0;
 };
 
-// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
-// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
-KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
+// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries, in
+// `parts` of the kBlockParts that a block has: as many more entries as the elements are smaller. bits: 16 (as
+// exact ones), 8 or 4; parts: one of PageParts().
+KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts = kBlockParts);
+// How many parts of a block a page may take: kBlockParts, its half, ... while the page has whole slices of 16
+// entries.
+std::vector<int> PageParts(KvFormat exact, int block_tokens, int bits);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
                             int head_dim);
@@ -88,19 +93,22 @@ class CompressionPlan {
   bool Replaces(int segment) const { return segment >= first_replacing_; }
   // First segment whose group belongs to state `segment`.
   int StateBegin(int segment) const { return Replaces(segment) ? segment : 0; }
-  // Entries and blocks of segment `segment`'s group (padding is not counted as entries). [heads]
+  // Entries and pages of segment `segment`'s group (padding is not counted as entries). [heads]
   std::span<const int32_t> GroupEntries(int segment) const { return Row(group_entries_, segment); }
-  std::span<const int32_t> GroupBlocks(int segment) const { return Row(group_blocks_, segment); }
+  std::span<const int32_t> GroupPages(int segment) const { return Row(group_pages_, segment); }
+  // Where the group's pages lie in its blocks, layer-major: in parts of a block, from the group's first one.
+  // A head with few entries takes a part of a block, and shares it with other heads.
+  std::span<const int32_t> GroupPlaces(int segment) const { return group_places_[Level(segment)]; }
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
-  // How the principal entries of a head are laid out; lives as long as the plan. Blocks are of one size, so a
-  // page of smaller elements holds more entries.
+  // How the principal entries of a head are laid out; lives as long as the plan. Of all pages of the head's
+  // format the one that its groups pad least, and of those the largest.
   const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
   std::span<const KvPage> pages() const { return pages_; }
-  // Blocks of state `segment` in one head; 0 for segment -1, before the first.
-  int StateBlocks(int segment, int head) const {
+  // Pages of state `segment` in one head; 0 for segment -1, before the first.
+  int StatePages(int segment, int head) const {
     if (segment < 0) return 0;
-    return Replaces(segment) ? GroupBlocks(segment)[head] : (segment + 1) * GroupBlocks(segment)[head];
+    return Replaces(segment) ? GroupPages(segment)[head] : (segment + 1) * GroupPages(segment)[head];
   }
   // Entries that a fit always keeps: the sinks, which lead the first segment and every state.
   int ForcedEntries(int segment) const {
@@ -142,19 +150,24 @@ class CompressionPlan {
   std::span<const int32_t> Row(const std::vector<int32_t>& table, int segment) const {
     return {table.data() + Level(segment) * counts_.size(), counts_.size()};
   }
-  void AddLevel(int segment);
+  // Entries of one head in the groups of all levels.
+  std::vector<int32_t> LevelEntries(int32_t count) const;
+  void ChoosePages(const std::vector<int>& bits);
+  void PlacePages(size_t level);
   uint64_t Hash() const;
 
   CompressionSettings settings_;
   CompressionShape shape_;
   std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
-  std::vector<KvPage> pages_;    // of the formats in use
+  std::vector<KvPage> pages_;    // of the formats and sizes in use
+  std::vector<int> page_parts_;  // of a block, for each of them
   std::vector<int> head_page_;   // [heads], index into pages_
   int samples_;
-  int first_replacing_;                  // segment; beyond every position without a cap
-  std::vector<int32_t> group_entries_;   // [levels, heads]
-  std::vector<int32_t> group_blocks_;    // [levels, heads]
-  std::vector<int> total_group_blocks_;  // [levels]
+  int first_replacing_;                             // segment; beyond every position without a cap
+  std::vector<int32_t> group_entries_;              // [levels, heads]
+  std::vector<int32_t> group_pages_;                // [levels, heads]
+  std::vector<std::vector<int32_t>> group_places_;  // [levels][pages]
+  std::vector<int> total_group_blocks_;             // [levels]
   std::vector<int64_t> total_group_entries_;
   uint64_t id_;
 };

@@ -88,13 +88,13 @@ TEST(CompressionPlan, GroupsAddUpToStates) {
         int total_blocks = 0, total_entries = 0;
         for (int h = 0; h < 6; ++h) {
           const int before = state_blocks[h];
-          ASSERT_EQ(plan->StateBlocks(k - 1, h), before);
+          ASSERT_EQ(plan->StatePages(k - 1, h), before);
           state[h] += count[h];
           if (cap > 0) state[h] = std::min(state[h], cap);
           const int entries = replaced ? state[h] : count[h];
           const int blocks = (entries + 15) / 16;
           ASSERT_EQ(plan->GroupEntries(k)[h], entries);
-          ASSERT_EQ(plan->GroupBlocks(k)[h], blocks);
+          ASSERT_EQ(plan->GroupPages(k)[h], blocks);
           state_blocks[h] = replaced ? blocks : before + blocks;
           total_blocks += blocks;
           total_entries += entries;

@@ -271,7 +271,7 @@ class Simulation {
     for (int head = 0; head < options_.layers * options_.kv_heads; ++head) {
       const KvHeadBlocks& blocks = entry.table->Layer(head / options_.kv_heads)[head % options_.kv_heads];
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, blocks.exact, first_token, entry.exact_entries));
-      const int principal_blocks = visible > 0 ? plan->StateBlocks(visible - 1, head) : 0;
+      const int principal_blocks = visible > 0 ? plan->StatePages(visible - 1, head) : 0;
       ASSERT_EQ(blocks.principal_entries, visible > 0 ? principal_blocks * plan->Page(head)->entries() : 0);
       if (visible == 0) continue;
       ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
@@ -287,7 +287,7 @@ class Simulation {
   }
   void CheckState(const Sequence& s, int state, int head, const BlockId* blocks) {
     for (int segment = s.plan()->StateBegin(state); segment <= state; ++segment) {
-      for (int b = 0; b < s.plan()->GroupBlocks(segment)[head]; ++b, ++blocks) {
+      for (int b = 0; b < s.plan()->GroupPages(segment)[head]; ++b, ++blocks) {
         const Contents& contents = contents_[*blocks];
         const auto found = contents.find(0);
         ASSERT_TRUE(found != contents.end() && found->second == Principal(s, segment, head, b))
@@ -314,12 +314,12 @@ class Simulation {
       const BlockId* exact = entry.table->exact(head).data() +
                              (entry.exact_entries - plan.segment_tokens()) / plan.block_tokens();
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, exact, segment * plan.segment_tokens(), plan.segment_tokens()));
-      const int blocks = plan.GroupBlocks(segment)[head];
+      const int blocks = plan.GroupPages(segment)[head];
       const std::span<const BlockId> principal = entry.table->principal(head);
       const BlockId* out = principal.data() + principal.size() - blocks;
       if (plan.Replaces(segment) && segment > 0) {
         ++replaced_states_;
-        ASSERT_NO_FATAL_FAILURE(CheckState(s, segment - 1, head, out - plan.StateBlocks(segment - 1, head)));
+        ASSERT_NO_FATAL_FAILURE(CheckState(s, segment - 1, head, out - plan.StatePages(segment - 1, head)));
       }
       for (int b = 0; b < blocks; ++b) Write(out[b], 0, Principal(s, segment, head, b));
     }
