@@ -76,6 +76,7 @@ ordered_json EvalJson(const EvalRow& row) {
           {"segment", exact ? 0 : row.settings.segment_tokens},
           {"window", exact ? 0 : row.settings.window_tokens},
           {"cap", exact ? 0 : row.settings.max_principal_keys},
+          {"per_head", !exact && !row.settings.head_ratio.empty()},
           {"bits", exact ? 16 : MeanOr(row.settings.head_bits, row.settings.bits)},
           {"kv_bytes_ratio", row.kv_bytes_ratio},
           {"bf16_bytes_ratio", row.bf16_bytes_ratio},

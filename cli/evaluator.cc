@@ -266,7 +266,7 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
       const bool exact = c == 0;
       if (!exact && cases[c - 1].prepare) cases[c - 1].prepare();
       const size_t block_bytes =
-          exact || cases[c - 1].block_bytes == 0 ? page.bytes() : cases[c - 1].block_bytes;
+          exact || cases[c - 1].block_bytes == 0 ? kv_cache->pool().exact->bytes() : cases[c - 1].block_bytes;
       Run run(model, *kv_cache, parallel, tokens, part, first, recall_tokens, block_bytes);
       absl::StatusOr<std::vector<Score>> scores =
           run(exact ? nullptr : cases[c - 1].plan, exact, &references);

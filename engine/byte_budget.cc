@@ -43,32 +43,23 @@ class Curve {
   std::vector<double> kl_;
 };
 
-// Parts of a block that one segment's `entries` take in the page that fits them best.
-int PartsOf(const CompressionShape& shape, int entries, int bits) {
-  int least = 0;
-  for (const int parts : PageParts(shape.format, shape.block_tokens, bits)) {
-    const int size = PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, bits, parts).entries();
-    const int taken = (entries + size - 1) / size * parts;
-    if (least == 0 || taken < least) least = taken;
-  }
-  return least;
-}
-
-// All ways to keep a head's entries in whole pages.
+// All ways to keep a head's entries in whole pages of blocks of shape.block_bytes.
 std::vector<Option> Options(const CompressionBudgets& budgets, size_t head, int segment_tokens,
                             const CompressionShape& shape) {
   const Curve curve(budgets, head);
   std::vector<Option> options;
   for (const int bits : {16, 8, 4}) {
-    const int step = PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, bits,
-                                   PageParts(shape.format, shape.block_tokens, bits).back())
-                         .entries();
     // 8 bits cause next to nothing: a 256th of what 4 bits cause, since the error of an element is a 16th.
     const double rounding = bits == 16 ? 0 : budgets.sensitivity_4_bits[head] / (bits == 8 ? 256 : 1);
-    for (int entries = std::min(step, segment_tokens);; entries = std::min(entries + step, segment_tokens)) {
-      const double kl = curve(static_cast<double>(entries) / segment_tokens) + rounding;
-      options.push_back({entries, bits, PartsOf(shape, entries, bits), kl});
-      if (entries == segment_tokens) break;
+    for (int parts = kBlockParts; parts > 0; parts /= 2) {
+      const std::optional<KvPage> page = PrincipalPageWithin(shape.block_bytes, shape.format,
+                                                             shape.block_tokens, shape.head_dim, bits, parts);
+      if (!page) continue;
+      for (int pages = 1, entries = 0; entries < segment_tokens; ++pages) {
+        entries = std::min(pages * page->entries(), segment_tokens);
+        const double kl = curve(static_cast<double>(entries) / segment_tokens) + rounding;
+        options.push_back({entries, bits, pages * parts, kl});
+      }
     }
   }
   return options;
@@ -105,9 +96,7 @@ double ShareOfBf16(const CompressionPlan& plan, const CompressionShape& shape) {
   const int last = std::max(0, shape.max_positions / plan.segment_tokens() - 1);
   int64_t blocks = 0;
   for (int k = plan.StateBegin(last); k <= last; ++k) blocks += plan.TotalGroupBlocks(k);
-  const size_t block_bytes =
-      CompressedBlockBytes(plan.settings(), shape.format, shape.block_tokens, shape.head_dim);
-  return static_cast<double>(blocks) * static_cast<double>(block_bytes) /
+  return static_cast<double>(blocks) * static_cast<double>(plan.block_bytes()) /
          Bf16Bytes(shape, (last + 1) * plan.segment_tokens());
 }
 
@@ -119,14 +108,16 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
         source, ": sensitivity_4_bits: missing, so bytes cannot be shared; run atp calibrate --bytes ",
         share));
   }
-  const size_t heads = budgets.ratio.size();
+  CompressionShape sized = shape;
+  if (sized.block_bytes == 0) {
+    CompressionSettings all_bits;
+    all_bits.head_bits = {8, 4};
+    sized.block_bytes = CompressedBlockBytes(all_bits, shape.format, shape.block_tokens, shape.head_dim);
+  }
   std::vector<std::vector<Option>> options;
-  for (size_t head = 0; head < heads; ++head)
-    options.push_back(Options(budgets, head, settings.segment_tokens, shape));
-  CompressionSettings all_bits;
-  all_bits.head_bits = {8, 4};
-  const auto block_bytes =
-      static_cast<double>(CompressedBlockBytes(all_bits, shape.format, shape.block_tokens, shape.head_dim));
+  for (size_t head = 0; head < budgets.ratio.size(); ++head)
+    options.push_back(Options(budgets, head, settings.segment_tokens, sized));
+  const auto block_bytes = static_cast<double>(sized.block_bytes);
   const double bytes = share * Bf16Bytes(shape, settings.segment_tokens);
   const auto blocks = static_cast<int64_t>(bytes / block_bytes + 1e-9);
 

@@ -36,18 +36,23 @@ bool HasIntegers(const CompressionSettings& settings) {
 
 }  // namespace
 
-std::vector<int> PageParts(KvFormat exact, int block_tokens, int bits) {
-  const int entries = PrincipalPage(exact, block_tokens, /*head_dim=*/2, bits).entries();
-  std::vector<int> parts;
-  for (int p = kBlockParts; p > 0 && entries * p % (kBlockParts * kSliceEntries) == 0; p /= 2)
-    parts.push_back(p);
-  return parts;
-}
-
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts) {
   const KvFormat format = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
   const int entries = block_tokens * (BitsOf(exact) / BitsOf(format));
   return KvPage(format, entries * parts / kBlockParts, head_dim, /*with_log_mass=*/true);
+}
+
+std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
+                                          int bits, int parts) {
+  const size_t room = block_bytes * static_cast<size_t>(parts) / kBlockParts;
+  if (parts < kBlockParts && room % kPageAlignment != 0) return std::nullopt;
+  const KvPage block = PrincipalPage(exact, block_tokens, head_dim, bits);
+  for (int entries = block.entries() * parts / kBlockParts / kSliceEntries * kSliceEntries; entries > 0;
+       entries -= kSliceEntries) {
+    const KvPage page(block.format(), entries, head_dim, /*with_log_mass=*/true);
+    if (page.bytes() <= room) return page;
+  }
+  return std::nullopt;
 }
 
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
@@ -55,10 +60,12 @@ size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact,
   size_t bytes = PrincipalPage(exact, block_tokens, head_dim, 16).bytes();
   int least = kBlockParts;
   for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits) {
-    for (const int parts : PageParts(exact, block_tokens, bits)) {
+    const int entries = PrincipalPage(exact, block_tokens, head_dim, bits).entries();
+    for (int parts = kBlockParts; entries * parts % (kBlockParts * kSliceEntries) == 0; parts /= 2) {
       const size_t page = PrincipalPage(exact, block_tokens, head_dim, bits, parts).bytes();
       bytes = std::max(bytes, page * static_cast<size_t>(kBlockParts / parts));
       least = std::min(least, parts);
+      if (parts == 1) break;
     }
   }
   // Every part that a page may begin at is as well aligned as a block.
@@ -104,20 +111,21 @@ void CompressionPlan::ChoosePages(const std::vector<int>& bits) {
   for (size_t head = 0; head < counts_.size(); ++head) {
     entries.push_back(LevelEntries(counts_[head]));
     std::pair<int, int> best;
+    std::optional<KvPage> page;
     int64_t least = std::numeric_limits<int64_t>::max();
-    for (const int parts : PageParts(shape_.format, shape_.block_tokens, bits[head])) {
-      const int size =
-          PrincipalPage(shape_.format, shape_.block_tokens, shape_.head_dim, bits[head], parts).entries();
-      int64_t padded = 0;
-      for (const int32_t e : entries.back()) padded += CeilDiv(e, size) * size;
-      if (padded < least) least = padded, best = {bits[head], parts};
+    for (int parts = kBlockParts; parts > 0; parts /= 2) {
+      const std::optional<KvPage> candidate = PrincipalPageWithin(
+          shape_.block_bytes, shape_.format, shape_.block_tokens, shape_.head_dim, bits[head], parts);
+      if (!candidate) continue;
+      int64_t taken = 0;
+      for (const int32_t e : entries.back()) taken += CeilDiv(e, candidate->entries()) * parts;
+      if (taken < least) least = taken, best = {bits[head], parts}, page = candidate;
     }
     const auto found = std::find(known.begin(), known.end(), best);
     head_page_.push_back(static_cast<int>(found - known.begin()));
     if (found != known.end()) continue;
     known.push_back(best);
-    pages_.push_back(
-        PrincipalPage(shape_.format, shape_.block_tokens, shape_.head_dim, best.first, best.second));
+    pages_.push_back(*page);
     page_parts_.push_back(best.second);
   }
   for (size_t level = 0; level < entries.front().size(); ++level) {
@@ -159,7 +167,10 @@ uint64_t CompressionPlan::Hash() const {
   add(settings_.max_principal_keys);
   add(samples_);
   for (const int32_t count : counts_) add(count);
-  for (const int page : head_page_) add(static_cast<int64_t>(pages_[page].format())), add(page_parts_[page]);
+  for (const int page : head_page_) {
+    add(static_cast<int64_t>(pages_[page].format()));
+    add(pages_[page].entries());
+  }
   return hash != 0 ? hash : 1;
 }
 
@@ -238,16 +249,27 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
                                                    " kv heads of ", shape.layers, " layers, found ",
                                                    bits.size()));
   }
+  const size_t block_bytes = shape.block_bytes > 0 ? shape.block_bytes
+                                                   : CompressedBlockBytes(settings, shape.format,
+                                                                          shape.block_tokens, shape.head_dim);
   for (const int b : bits) {
     if (b != 16 && b != 8 && b != 4)
       return absl::InvalidArgumentError(absl::StrCat("atp.bits: expected 16, 8 or 4, found ", b));
+    if (!PrincipalPageWithin(block_bytes, shape.format, shape.block_tokens, shape.head_dim, b)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("atp.bits: the server's KV blocks of ", block_bytes,
+                       " bytes are made for exact entries and have no room for compressed ones of ", b,
+                       " bits; take fewer bits"));
+    }
   }
   const bool compresses = settings.max_principal_keys > 0 || HasIntegers(settings) ||
                           std::any_of(counts.begin(), counts.end(),
                                       [&](int32_t count) { return count < settings.segment_tokens; });
   if (!compresses) return std::shared_ptr<const CompressionPlan>();
+  CompressionShape sized = shape;
+  sized.block_bytes = block_bytes;
   return std::shared_ptr<const CompressionPlan>(
-      new CompressionPlan(settings, shape, std::move(counts), bits));
+      new CompressionPlan(settings, sized, std::move(counts), bits));
 }
 
 }  // namespace atp

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -52,15 +53,18 @@ struct CompressionShape {
   KvFormat format = KvFormat::kF32;  // of exact entries
   int query_blocks_per_head = 1;     // QueryPage::blocks_per_head()
   int max_positions = 0;
+  size_t block_bytes =
+      0;  // that a page must fit into; 0: blocks are made for the plan (CompressedBlockBytes)
 };
 
 // The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries, in
 // `parts` of the kBlockParts that a block has: as many more entries as the elements are smaller. bits: 16 (as
-// exact ones), 8 or 4; parts: one of PageParts().
+// exact ones), 8 or 4; parts: a power of two that leaves whole slices of 16 entries.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts = kBlockParts);
-// How many parts of a block a page may take: kBlockParts, its half, ... while the page has whole slices of 16
-// entries.
-std::vector<int> PageParts(KvFormat exact, int block_tokens, int bits);
+// The same with fewer entries, a multiple of 16, where `parts` of a block of `block_bytes` have no room for
+// that many: an exact block leaves none for scales and log masses. None where not even 16 fit.
+std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
+                                          int bits, int parts = kBlockParts);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
                             int head_dim);
@@ -72,6 +76,8 @@ class CompressionPlan {
   int block_tokens() const { return shape_.block_tokens; }
   int blocks_per_segment() const { return settings_.segment_tokens / shape_.block_tokens; }
   const CompressionSettings& settings() const { return settings_; }
+  // Of the blocks that the plan's pages are made for: at least this.
+  size_t block_bytes() const { return shape_.block_bytes; }
   // Not 0. Plans with the same id compress in the same way, so their blocks may be shared.
   uint64_t id() const { return id_; }
 
@@ -102,7 +108,7 @@ class CompressionPlan {
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
   // How the principal entries of a head are laid out; lives as long as the plan. Of all pages of the head's
-  // format the one that its groups pad least, and of those the largest.
+  // format that one in which its groups take the least room, and of those the largest.
   const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
   std::span<const KvPage> pages() const { return pages_; }
   // Pages of state `segment` in one head; 0 for segment -1, before the first.
