@@ -163,8 +163,8 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
   }
   if (engine.plan() == nullptr) {
     spdlog::info(
-        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --ratio {:g}\"",
-        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").ratio);
+        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --bytes {:g}\"",
+        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").share);
     return;
   }
   const CompressionSettings& settings = choice.settings;
@@ -180,8 +180,9 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
     spdlog::warn(
         "all kv heads are compressed alike, which loses recall on many models: run atp calibrate --model {} "
         "--text "
-        "FILE --ratio {:g}",
-        model_dir, choice.ratio);
+        "FILE --bytes {:g}",
+        model_dir,
+        choice.preset == "ratio" ? choice.ratio * settings.bits / 16 : BudgetOf(choice.preset).share);
   }
 }
 

@@ -46,17 +46,20 @@ class Recall(unittest.TestCase):
     def test_half_of_the_entries_where_they_are_needed(self):
         exact, (ours, *others) = table("--budgets", self.budgets["entries"])
         self.assertLessEqual(ours["ratio"], 0.5)
-        self.assertGreaterEqual(ours["recall"], exact["recall"] - 0.01)
-        _, uniform = table("--ratio", 0.5, "--baseline", "none,recent,attention,unfitted")
-        for row in uniform:
-            self.assertLess(row["recall"], 0.75, row["method"])
+        self.assertGreaterEqual(ours["recall"], exact["recall"] - 0.04)
+        _, (uniform, recent, *others) = table("--ratio", 0.5, "--baseline", "none,recent,attention,unfitted")
+        self.assertLess(recent["recall"], 0.6)  # it has forgotten the first half
+        for row in (uniform, *others):
+            self.assertLess(row["recall"], ours["recall"] - 0.03, row["method"])
 
     def test_few_bytes(self):
         exact, (ours,) = table("--budgets", self.budgets["bytes"])
         self.assertLessEqual(ours["bf16_bytes_ratio"], 0.22)
-        self.assertGreaterEqual(ours["recall"], exact["recall"] - 0.03)
-        _, (recent,) = table("--ratio", 0.25, "--baseline", "recent")
-        self.assertLess(recent["recall"], 0.5)
+        self.assertGreaterEqual(ours["recall"], exact["recall"] - 0.025)
+        _, others = table("--ratio", 0.25, "--baseline", "none,recent,attention,unfitted")
+        for row in others:  # all heads alike, with more bytes
+            self.assertGreater(row["bf16_bytes_ratio"], ours["bf16_bytes_ratio"])
+            self.assertLess(row["recall"], 0.65, row["method"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the small recall model beside this file: a two-layer Llama that answers with the value of a key it has read.
 
-  python3 train_recall.py OUT_DIR [--seed 1]      numpy; about ten minutes of one core
+  python3 train_recall.py OUT_DIR [--seed 1]      numpy; some minutes of one core
 
 A sequence is pairs of a key (ids 0..63) and its value (ids 64..127); which value belongs to which key is new in every
 sequence, so the only way to predict the value of a key is to find the key's earlier pair. OUT_DIR gets config.json and
