@@ -47,6 +47,7 @@ std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, in
   const size_t room = block_bytes * static_cast<size_t>(parts) / kBlockParts;
   if (parts < kBlockParts && room % kPageAlignment != 0) return std::nullopt;
   const KvPage block = PrincipalPage(exact, block_tokens, head_dim, bits);
+  if (parts == kBlockParts && block.bytes() <= room) return block;
   for (int entries = block.entries() * parts / kBlockParts / kSliceEntries * kSliceEntries; entries > 0;
        entries -= kSliceEntries) {
     const KvPage page(block.format(), entries, head_dim, /*with_log_mass=*/true);
@@ -61,7 +62,8 @@ size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact,
   int least = kBlockParts;
   for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits) {
     const int entries = PrincipalPage(exact, block_tokens, head_dim, bits).entries();
-    for (int parts = kBlockParts; entries * parts % (kBlockParts * kSliceEntries) == 0; parts /= 2) {
+    for (int parts = kBlockParts;
+         parts == kBlockParts || entries * parts % (kBlockParts * kSliceEntries) == 0; parts /= 2) {
       const size_t page = PrincipalPage(exact, block_tokens, head_dim, bits, parts).bytes();
       bytes = std::max(bytes, page * static_cast<size_t>(kBlockParts / parts));
       least = std::min(least, parts);

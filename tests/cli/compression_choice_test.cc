@@ -73,10 +73,14 @@ TEST_F(CompressionChoiceTest, BytesAreSpentOnEntriesAndBits) {
   EXPECT_DOUBLE_EQ(choice->ratio, 0.4);
 
   std::string curves = own;
-  for (const char* const key :
-       {"sensitivity_half", "sensitivity_quarter", "sensitivity_eighth", "sensitivity"})
-    curves += std::string(", \"") + key + R"(": [[1e-6, 1e-6], [1e-6, 1]])";
-  WriteBudgets(curves + R"(, "sensitivity_4_bits": [[1e-6, 1e-6], [1e-6, 1e-6]]})");
+  for (const auto& [key, idle] :
+       {std::pair("sensitivity_half", "1e-5"), std::pair("sensitivity_quarter", "4e-5"),
+        std::pair("sensitivity_eighth", "2e-4"), std::pair("sensitivity", "1e-3"),
+        std::pair("sensitivity_4_bits", "1e-6")}) {
+    const std::string one = idle;
+    curves += std::string(", \"") + key + "\": [[" + one + ", " + one + "], [" + one + ", 1]]";
+  }
+  WriteBudgets(curves + "}");
   double before = 1;
   for (const auto& [preset, share] :
        {std::pair("quality", 0.25), std::pair("balanced", 0.125), std::pair("compact", 0.0625)}) {
