@@ -133,7 +133,7 @@ absl::StatusOr<std::vector<EvalRow>> MakeRows(const EvalFlags& flags, const Conf
           row.plan = *std::move(plan);
           if (row.plan != nullptr) {
             row.bf16_bytes_ratio = ShareOfBf16(*row.plan, shape);
-            row.kv_bytes_ratio = row.bf16_bytes_ratio * 16 / BitsOf(shape.format);
+            row.kv_bytes_ratio = row.bf16_bytes_ratio / ExactShareOfBf16(shape);
           }
           for (const std::string& name : OrSet(flags.baselines, std::string("none"))) {
             row.method = *BaselineFromName(name);
@@ -190,7 +190,8 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   }
   EvalRow exact;
   exact.kv_dtype = std::string(Name(loaded->kv_format));
-  exact.bf16_bytes_ratio = BitsOf(loaded->kv_format) / 16.0;
+  exact.bf16_bytes_ratio =
+      ExactShareOfBf16(CompressionShapeOf(*llama, config.kv_cache.block_tokens, loaded->kv_format, *context));
   exact.score = scores->front();
   for (EvalRow& row : *rows) row.score = exact.score;
   for (size_t c = 0; c < case_rows.size(); ++c) (*rows)[case_rows[c]].score = (*scores)[c + 1];

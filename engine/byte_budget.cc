@@ -92,6 +92,11 @@ int64_t Spend(const std::vector<std::vector<Option>>& options, int64_t parts, st
 
 }  // namespace
 
+double ExactShareOfBf16(const CompressionShape& shape) {
+  const KvPage page(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false);
+  return static_cast<double>(page.bytes()) / (4.0 * shape.head_dim * shape.block_tokens);
+}
+
 double ShareOfBf16(const CompressionPlan& plan, const CompressionShape& shape) {
   const int last = std::max(0, shape.max_positions / plan.segment_tokens() - 1);
   int64_t blocks = 0;

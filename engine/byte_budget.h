@@ -16,6 +16,9 @@ namespace atp {
 // the whole history at the last position.
 double ShareOfBf16(const CompressionPlan& plan, const CompressionShape& shape);
 
+// The same of exact tokens in the cache's own format.
+double ExactShareOfBf16(const CompressionShape& shape);
+
 struct HeadBudgets {
   std::vector<double> ratio;  // [layers * kv_heads]
   std::vector<int> bits;

@@ -37,7 +37,8 @@ bool HasIntegers(const CompressionSettings& settings) {
 }  // namespace
 
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts) {
-  const KvFormat format = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
+  const KvFormat wanted = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
+  const KvFormat format = BitsOf(wanted) < BitsOf(exact) ? wanted : exact;
   const int entries = block_tokens * (BitsOf(exact) / BitsOf(format));
   return KvPage(format, entries * parts / kBlockParts, head_dim, /*with_log_mass=*/true);
 }

@@ -59,7 +59,8 @@ struct CompressionShape {
 
 // The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries, in
 // `parts` of the kBlockParts that a block has: as many more entries as the elements are smaller. bits: 16 (as
-// exact ones), 8 or 4; parts: a power of two that leaves whole slices of 16 entries.
+// exact ones), 8 or 4, but never more than exact ones have; parts: a power of two that leaves whole slices of
+// 16 entries.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts = kBlockParts);
 // The same with fewer entries, a multiple of 16, where `parts` of a block of `block_bytes` have no room for
 // that many: an exact block leaves none for scales and log masses. None where not even 16 fit.

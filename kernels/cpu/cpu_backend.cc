@@ -56,6 +56,7 @@ class CpuBackend final : public Backend {
         rope_(RopeFor(isa.target)),
         store_kv_(StoreKvFor(isa.target)),
         attention_(AttentionFor(isa.target)),
+        merge_attention_(MergeAttentionFor(isa.target)),
         fit_principal_(PrincipalFitFor(isa.target)),
         segments_(threads) {
     for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulPanelFloats);
@@ -68,7 +69,7 @@ class CpuBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
+           desc.block_entries % 16 == 0 && !IsQuantized(desc.weight_dtype);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
@@ -135,22 +136,17 @@ class CpuBackend final : public Backend {
   }
 
   void Attention(const AttentionArgs& args) override {
-    const int group = args.heads / args.kv_heads;
-    const int rows_per_part = AttentionRowsPerPart(group);
-    const size_t scratch_floats = AttentionScratchFloats(group, args.pool.exact->head_dim());
-    attention_parts_.clear();
-    for (const KvSequence& sequence : args.sequences) {
-      for (int row = 0; row < sequence.rows; row += rows_per_part) {
-        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
-        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
-          attention_parts_.push_back({&sequence, kv_head, row, row_end});
-        }
-      }
-    }
-    // Long parts first: later rows of a sequence see more entries.
-    std::reverse(attention_parts_.begin(), attention_parts_.end());
+    const size_t scratch_floats =
+        AttentionScratchFloats(args.heads / args.kv_heads, args.pool.exact->head_dim());
+    CutAttention(args);
     pool_.ParallelFor(static_cast<int64_t>(attention_parts_.size()), [&](int64_t index, int thread) {
-      attention_(args, attention_parts_[index], scratch_[thread].Reserve(scratch_floats));
+      const size_t next = static_cast<size_t>(index + pool_.threads());
+      attention_(args, attention_parts_[index],
+                 next < attention_parts_.size() ? &attention_parts_[next] : nullptr,
+                 scratch_[thread].Reserve(scratch_floats));
+    });
+    pool_.ParallelFor(static_cast<int64_t>(attention_merges_.size()), [&](int64_t index, int thread) {
+      merge_attention_(args, attention_merges_[index], scratch_[thread].Reserve(scratch_floats));
     });
   }
 
@@ -171,6 +167,56 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  // Long parts first, so that a head with many entries is not the last to begin. Parts that would leave
+  // threads idle are cut into their chunks.
+  void CutAttention(const AttentionArgs& args) {
+    const int group = args.heads / args.kv_heads, rows_per_part = AttentionRowsPerPart(group);
+    attention_parts_.clear();
+    attention_merges_.clear();
+    int64_t chunks = 0;
+    for (const KvSequence& sequence : args.sequences) {
+      for (int row = 0; row < sequence.rows; row += rows_per_part) {
+        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
+        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
+          AttentionPart part{&sequence, kv_head, row, row_end, 0, 0, nullptr};
+          part.chunk_end = AttentionChunks(part);
+          chunks += part.chunk_end;
+          attention_parts_.push_back(part);
+        }
+      }
+    }
+    const int64_t parts = static_cast<int64_t>(attention_parts_.size());
+    if (pool_.threads() > 1 && parts < pool_.threads() * kPartsPerThread && chunks > parts) {
+      SplitChunks(args);
+    }
+    const auto work = [](const AttentionPart& part) {
+      return static_cast<int64_t>(part.chunk_end - part.chunk_begin) * (part.row_end - part.row_begin);
+    };
+    std::sort(attention_parts_.begin(), attention_parts_.end(),
+              [&](const AttentionPart& a, const AttentionPart& b) { return work(a) > work(b); });
+  }
+
+  void SplitChunks(const AttentionArgs& args) {
+    attention_merges_.swap(attention_parts_);
+    const auto floats = [&](const AttentionPart& part) {
+      return AttentionPartialFloats((part.row_end - part.row_begin) * (args.heads / args.kv_heads),
+                                    args.pool.exact->head_dim());
+    };
+    size_t total = 0;
+    for (const AttentionPart& merge : attention_merges_) {
+      total += floats(merge) * static_cast<size_t>(merge.chunk_end);
+    }
+    float* partial = attention_partials_.Reserve(total);
+    for (AttentionPart& merge : attention_merges_) {
+      merge.partial = partial;
+      for (int chunk = 0; chunk < merge.chunk_end; ++chunk, partial += floats(merge)) {
+        AttentionPart part = merge;
+        part.chunk_begin = chunk, part.chunk_end = chunk + 1, part.partial = partial;
+        attention_parts_.push_back(part);
+      }
+    }
+  }
+
   // body(begin, end) over [0, rows) in parts of about kElementsPerPart elements.
   template <class Body>
   void ForRows(int64_t rows, int64_t elements_per_row, const Body& body) {
@@ -217,10 +263,12 @@ class CpuBackend final : public Backend {
   const RopeFn rope_;
   const StoreKvFn store_kv_;
   const AttentionFn attention_;
+  const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
-  std::vector<AttentionPart> attention_parts_;
+  std::vector<AttentionPart> attention_parts_, attention_merges_;
+  Scratch attention_partials_;
   std::vector<int32_t> angle_positions_;
   std::vector<float> angle_frequencies_;
   std::vector<float> angles_;  // [rows, 2, head_dim / 2]

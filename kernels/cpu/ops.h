@@ -41,17 +41,30 @@ RopeFn RopeFor(int64_t target);
 using StoreKvFn = void (*)(const StoreKvArgs& args, const KvSequence& sequence, int kv_head);
 StoreKvFn StoreKvFor(int64_t target);
 
-// attention.cc: rows [row_begin, row_end) of one sequence, all query heads of one kv head.
+// attention.cc: rows [row_begin, row_end) of one sequence, all query heads of one kv head, over chunks
+// [chunk_begin, chunk_end) of the entries that the last row sees.
 // scratch: AttentionScratchFloats(...), 64-byte aligned.
 struct AttentionPart {
   const KvSequence* sequence;
   int kv_head;
   int row_begin, row_end;  // counted from the sequence's first row; at most AttentionRowsPerPart(group)
+  int chunk_begin, chunk_end;
+  // Null: the part has all chunks and writes `out`. Else it has one, whose state it leaves here
+  // (AttentionPartialFloats(...), 64-byte aligned).
+  float* partial;
 };
 int AttentionRowsPerPart(int group);
+int AttentionChunks(const AttentionPart& part);  // chunk_begin, chunk_end and partial are not read
+size_t AttentionPartialFloats(int queries, int head_dim);
 size_t AttentionScratchFloats(int group, int head_dim);
-using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+// next: the part that the thread will probably do next, or null.
+using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, const AttentionPart* next,
+                             float* scratch);
 AttentionFn AttentionFor(int64_t target);
+// Writes `out` from the states of chunks [chunk_begin, chunk_end), which lie one behind the other at
+// `partial`.
+using MergeAttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+MergeAttentionFn MergeAttentionFor(int64_t target);
 
 }  // namespace atp::cpu
 

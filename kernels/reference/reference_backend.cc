@@ -75,7 +75,7 @@ class ReferenceBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
+           desc.block_entries % 16 == 0 && !IsQuantized(desc.weight_dtype);
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }

@@ -128,7 +128,7 @@ struct AttentionRun {
 };
 
 TEST_P(BatchInvariance, Attention) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
     for (const int head_dim : {20, 64}) {
       for (const int group : {1, 3, 8}) {
         CacheProblem problem(random_, {format, head_dim, 2, 16, 32},
@@ -155,6 +155,26 @@ TEST_P(BatchInvariance, Attention) {
             row = end;
           }
         }
+      }
+    }
+  }
+}
+
+// Cut into chunks for three threads, or not cut because others keep them busy.
+TEST_P(BatchInvariance, AttentionOfALongSequence) {
+  for (const KvFormat format : {KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    std::vector<SequenceShape> shapes = {{1, 1700, 600}, {2, 530, 0}};
+    shapes.resize(20, {1, 5, 0});
+    CacheProblem problem(random_, {format, 32, 1, 32, 32}, shapes, true);
+    const std::vector<float> query = Normals(random_, static_cast<size_t>(problem.rows()) * 4 * 32);
+    const AttentionRun run{problem, query, 4};
+    const std::vector<float> whole = run.All(*three_);
+    for (int s = 0; s < 2; ++s) {
+      const KvSequence& sequence = problem.sequences()[s];
+      const float* expected = whole.data() + sequence.first_row * run.RowFloats();
+      for (Backend* backend : {one_.get(), three_.get()}) {
+        const std::vector<float> alone = run.Rows(*backend, s, 0, sequence.rows);
+        EXPECT_TRUE(SameBits(alone.data(), expected, alone.size())) << Name(format) << " " << s;
       }
     }
   }

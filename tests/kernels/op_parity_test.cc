@@ -212,6 +212,12 @@ std::vector<CacheShape> CacheShapes() {
     shapes.push_back({format, 32, 3, 32, 64});
     shapes.push_back({format, 24, 1, 64, 16});
   }
+  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+    shapes.push_back({format, 6, 2, 16, 16});
+    shapes.push_back({format, 40, 2, 32, 48});
+    shapes.push_back({format, 64, 2, 64, 64});
+    shapes.push_back({format, 128, 1, 128, 128});
+  }
   return shapes;
 }
 
@@ -239,6 +245,10 @@ struct Norms {
   double score = 0;  // max_e scale·Σ|q_i·k_i| + |log_mass|
   int entries = 0;
   std::vector<double> value;  // max_e |v_i|
+  // Of integer pages, whose kernels may round the other side of a product to 16 bits as well:
+  double score_rounding =
+      0;  // max_e of half a step of the query, at most 2^-15·max|q_i| (int4: 2^-7), times scale·Σ|k_i|
+  double value_rounding = 0;  // Σ_e of half a step of a weight, at most 2^-16, times max_ei |v_i|
 };
 
 Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence& sequence, int kv_head,
@@ -247,16 +257,27 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
   Norms norms;
   norms.value.resize(head_dim);
   std::vector<float> key(head_dim), value(head_dim);
+  double largest_query = 0, largest_value = 0;
+  int integers = 0;
+  for (int i = 0; i < head_dim; ++i) largest_query = std::max<double>(largest_query, std::abs(query[i]));
   const auto add = [&](const KvPage& page, const BlockId* blocks, int count) {
     for (int e = 0; e < count; ++e) {
       float log_mass;
       page.Load(pool.data + static_cast<size_t>(blocks[e / page.entries()]) * pool.block_bytes,
                 e % page.entries(), key.data(), value.data(), &log_mass);
       if (std::isinf(log_mass)) continue;
-      double score = std::abs(log_mass);
+      double score = std::abs(log_mass), keys = 0;
       for (int i = 0; i < head_dim; ++i) {
         score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
         norms.value[i] = std::max<double>(norms.value[i], std::abs(value[i]));
+        keys += std::abs(key[i]);
+        if (IsInteger(page.format())) largest_value = std::max<double>(largest_value, std::abs(value[i]));
+      }
+      if (IsInteger(page.format())) {
+        norms.score_rounding =
+            std::max(norms.score_rounding,
+                     (page.format() == KvFormat::kInt4 ? 0x1p-7 : 0x1p-15) * largest_query * scale * keys);
+        ++integers;
       }
       norms.score = std::max(norms.score, score);
       ++norms.entries;
@@ -265,6 +286,7 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
   const KvHeadBlocks& head = sequence.heads[kv_head];
   add(*head.principal_page, head.principal, head.principal_entries);
   add(*pool.exact, sequence.heads[kv_head].exact, sequence.exact_entries);
+  norms.value_rounding = integers * 0x1p-16 * largest_value;
   return norms;
 }
 
@@ -274,12 +296,14 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
 //   so a weight p is wrong by that factor in the exponent, by exp's own error, and, once per slice of 16
 //   entries, by exp's error, and a product for shrinking:                        kExpError + (n/16 +
 //   1)·(kExpError + u) sums of n terms:                                                 n·u
-// Numerator and denominator each have this relative error against max_e|v_i|; the quotient and the reference
-// add 2·u.
+// With integer pages, s - m is also wrong by 2·score_rounding, and the numerator by value_rounding, since Σ p
+// >= 1. Numerator and denominator each have this relative error against max_e|v_i|; the quotient and the
+// reference add 2·u.
 double AttentionTolerance(const Norms& norms, int head_dim, int i) {
   const double slices = norms.entries / 16.0 + 2;  // the principal part may end in a partly filled slice
-  const double weight = (head_dim + 6) * kUnit * norms.score + kExpError + slices * (kExpError + kUnit);
-  return (2 * (weight + norms.entries * kUnit) + 2 * kUnit) * norms.value[i];
+  const double weight = (head_dim + 6) * kUnit * norms.score + 2 * norms.score_rounding + kExpError +
+                        slices * (kExpError + kUnit);
+  return (2 * (weight + norms.entries * kUnit) + 2 * kUnit) * norms.value[i] + norms.value_rounding;
 }
 
 void CheckAttention(Random& random, Backend& cpu, Backend& reference, CacheProblem& problem, int group) {
@@ -327,11 +351,20 @@ TEST_P(OpParity, AttentionOverShapes) {
 
 TEST_P(OpParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
-    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
       CheckAttention(random_, *cpu_, *reference_, problem, group);
       ASSERT_FALSE(HasFailure());
     }
+  }
+}
+
+// Chunks of a sequence that go to different threads, and a tile and a chunk that end in mid-slice.
+TEST_P(OpParity, AttentionOverLongSequences) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    CacheProblem problem(random_, {format, 32, 1, 32, 32}, {{1, 1500, 700}, {3, 513, 0}}, true);
+    CheckAttention(random_, *cpu_, *reference_, problem, 3);
+    ASSERT_FALSE(HasFailure());
   }
 }
 
