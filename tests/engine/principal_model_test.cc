@@ -156,7 +156,7 @@ TEST(PrincipalModel, EntriesOfSixteenBitsAndTheReferenceBackend) {
   }
 }
 
-// In blocks made for exact tokens pages are of other sizes, and hold the same entries.
+// In blocks made for exact tokens pages lie otherwise, and hold the same entries.
 TEST(PrincipalModel, BlocksOfAnExactCacheServeToo) {
   const std::string model = std::string(ATP_SOURCE_DIR) + "/tests/golden/llama3_gqa2_bf16";
   PlannedRunner large(model), small(model, KvFormat::kF32, "cpu", /*exact_blocks=*/true);
@@ -164,7 +164,7 @@ TEST(PrincipalModel, BlocksOfAnExactCacheServeToo) {
   const std::vector<TokenId> tokens = RandomTokens(200, large.config().vocab_size, 8);
   for (const int bits : {8, 4}) {
     const CompressionSettings settings = Settings(0.5, 64, 0, 0, bits);
-    ASSERT_NE(small.Plan(settings)->Page(0)->entries(), large.Plan(settings)->Page(0)->entries());
+    ASSERT_GE(small.Plan(settings)->TotalGroupBlocks(0), large.Plan(settings)->TotalGroupBlocks(0));
     ExpectSameHoweverItIsCut(&small, settings, tokens);
     const std::vector<float> expected = large.Logits({tokens}, large.Plan(settings), 64)[0];
     const std::vector<float> actual = small.Logits({tokens}, small.Plan(settings), 64)[0];

@@ -25,7 +25,7 @@ class Simulation {
  public:
   Simulation(uint32_t seed, bool compress)
       : random_(seed), options_(RandomOptions(compress)), scheduler_(options_) {
-    contents_.resize(options_.num_blocks);
+    contents_.resize(static_cast<size_t>(options_.num_blocks) * kBlockParts);
     shape_ = RandomShape();
     plans_.push_back(nullptr);
     for (int i = 0; compress && i < 3; ++i) plans_.push_back(RandomPlan());
@@ -251,7 +251,8 @@ class Simulation {
   }
   // A page, or a whole block, which is where its first page begins.
   void Write(BlockId block, int place, uint64_t what, int parts = 1) {
-    for (int p = 0; place == 0 && p < parts; ++p) contents_[block + p].clear();  // all fill them from the front
+    for (int p = 0; place == 0 && p < parts; ++p)
+      contents_[block + p].clear();  // all fill them from the front
     contents_[block][place] = what;
   }
 
@@ -367,7 +368,7 @@ class Simulation {
   std::mt19937 random_;
   SchedulerOptions options_;
   Scheduler scheduler_;
-  std::vector<Contents> contents_;  // what the model wrote into each block
+  std::vector<Contents> contents_;  // what the model wrote into each page or block, by id
   CompressionShape shape_;
   std::vector<std::shared_ptr<const CompressionPlan>> plans_;
   absl::Time now_ = absl::FromUnixSeconds(1);
