@@ -85,7 +85,7 @@ class Calibrate(unittest.TestCase):
         says(2, "--ratio R or --bytes B", "--ids", IDS)
         says(2, "--ratio R or --bytes B", "--ids", IDS, "--ratio", 0.5, "--bytes", 0.5)
         says(2, "--bytes 2", "--ids", IDS, "--bytes", 2)
-        says(1, "--segment", "--ids", IDS, "--bytes", 0.01, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1, "--out", "/nonexistent")
+        says(1, "raise atp.segment_tokens", "--ids", IDS, "--bytes", 0.01, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1, "--out", "/nonexistent")
         says(1, "never compressed", "--ids", IDS, "--ratio", 0.5, "--out", "/nonexistent/b.json")  # 512 = segment + window
         says(1, "/nonexistent/b.json", "--ids", IDS, "--ratio", 0.5, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1,
              "--out", "/nonexistent/b.json")

@@ -93,8 +93,8 @@ TEST_F(CompressionChoiceTest, BytesAreSpentOnEntriesAndBits) {
     EXPECT_GT(ShareOfBf16(*plan, shape), 0.8 * share) << preset;
     EXPECT_LT(choice->ratio, before);
     before = choice->ratio;
-    if (share > 0.1) {  // enough for all keys of the one head that needs all of them
-      EXPECT_EQ(choice->settings.head_ratio[3], 1);
+    if (share > 0.1) {  // enough for the one head that needs its keys
+      EXPECT_GT(choice->settings.head_ratio[3], 0.5);
       EXPECT_LT(choice->settings.head_ratio[0], 1);
     }
   }

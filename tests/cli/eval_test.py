@@ -93,7 +93,6 @@ class Eval(unittest.TestCase):
             self.assertEqual([(b["distance"], b["tokens"]) for b in row["recall_by_distance"]], [(32, 37)])
             self.assertEqual(row["recall_tokens"], 37)
             self.assertAlmostEqual(row["recall"], row["recall_by_distance"][0]["accuracy"])
-            self.assertGreater(row["recall"], table("--limit", 1)[0]["accuracy"])
             done = atp("eval", "--model", MODEL, "--ids", path, "--recall-tokens", 3)
             self.assertIn("32..63", done.stdout)
 
@@ -121,11 +120,20 @@ class Eval(unittest.TestCase):
         budgets = os.path.join(MODEL, "atp_budgets.json")
         uniform, = table("--ratio", 0.25, *SCHEDULE)
         shared, = table("--ratio", 0.25, *SCHEDULE, "--budgets", budgets)
-        own, = table(*SCHEDULE, "--budgets", budgets)  # without --ratio: the mean it was made for
-        self.assertEqual(own["ratio"], 0.25)
-        self.assertEqual(own["kl"], shared["kl"])
+        own, = table(*SCHEDULE, "--budgets", budgets)  # without --ratio: the bytes it was made for
+        spent, = table(*SCHEDULE, "--budgets", budgets, "--bytes", 0.125)
+        self.assertEqual(own["kl"], spent["kl"])
+        self.assertTrue(own["per_head"])
+        self.assertTrue(4 < own["bits"] < 8)
         self.assertEqual(shared["kv_bytes_ratio"], uniform["kv_bytes_ratio"])
         self.assertLess(shared["kl"], 0.95 * uniform["kl"])
+
+    def test_bytes_are_spent_well(self):
+        rows = table(*SCHEDULE, "--budgets", os.path.join(MODEL, "atp_budgets.json"), "--bytes", "0.125,0.0625")
+        for row, share, most in zip(rows, (0.125, 0.0625), (5e-4, 1e-3)):
+            self.assertLessEqual(row["bf16_bytes_ratio"], share)
+            self.assertGreater(row["bf16_bytes_ratio"], 0.9 * share)
+            self.assertLess(row["kl"], most)
 
     def test_every_combination_is_a_row(self):
         rows = table("--ratio", "0.5,0.25", "--segment", "32,64", "--window", "0,32", "--cap", "0,48", "--kv-dtype", "f32,bf16",

@@ -182,8 +182,8 @@ TEST(PrincipalModel, BlocksOfAnExactCacheServeToo) {
 TEST(PrincipalModel, AllKeysKeptIsExactAttention) {
   PlannedRunner runner(std::string(ATP_SOURCE_DIR) + "/tests/golden/llama_mha_f32");
   const std::vector<TokenId> tokens = RandomTokens(200, runner.config().vocab_size, 9);
-  // The cap is out of reach, but makes a plan of it.
-  const std::shared_ptr<const CompressionPlan> plan = runner.Plan(Settings(1.0, 32, 32, 1000));
+  // The cap is out of reach, but makes a plan of it. Segments are whole tiles of the attention kernel.
+  const std::shared_ptr<const CompressionPlan> plan = runner.Plan(Settings(1.0, 64, 64, 1000));
   ASSERT_NE(plan, nullptr);
   const std::vector<float> kept = runner.Logits({tokens}, plan, 64)[0];
   const std::vector<float> exact = runner.Logits({tokens}, nullptr, 64)[0];
