@@ -19,6 +19,10 @@ PresetBudget BudgetOf(const std::string& preset) {
 }
 
 std::string BudgetsFileOf(const std::string& model_dir) {
+  std::error_code ignored;
+  if (std::filesystem::is_regular_file(model_dir, ignored)) {  // a GGUF file, which may have neighbours
+    return model_dir + "." + std::string(kBudgetsFileName);
+  }
   return (std::filesystem::path(model_dir) / std::string(kBudgetsFileName)).string();
 }
 

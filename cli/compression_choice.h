@@ -49,7 +49,8 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
 CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model, KvFormat format,
                                               const CompressionChoice& own);
 
-// Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`.
+// Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`,
+// MODEL.gguf.atp_budgets.json beside a GGUF file.
 std::string BudgetsFileOf(const std::string& model_dir);
 
 // What plans for this model are made for. `max_positions`: the most tokens a sequence can have.

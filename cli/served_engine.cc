@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cli/load_progress.h"
-#include "engine/tokenizer_config.h"
 #include "kernels/backend_factory.h"
 #include "kernels/kv_page.h"
 #include "spdlog/spdlog.h"
@@ -18,12 +17,6 @@ namespace {
 KvFormat FormatOf(const KvCacheConfig& config, DType weights) {
   if (config.dtype == "auto") return weights == DType::kF32 ? KvFormat::kF32 : KvFormat::kBF16;
   return *KvFormatFromName(config.dtype);  // Validate() has checked it
-}
-
-bool HasTokenizer(const std::string& model_dir) {
-  std::error_code ignored;
-  return std::filesystem::exists(model_dir + "/tokenizer.model", ignored) ||
-         std::filesystem::exists(model_dir + "/tokenizer.json", ignored);
 }
 
 }  // namespace
@@ -41,7 +34,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
                                       const WrapBackend& wrap) {
   LoadedModel loaded;
   absl::StatusOr<std::unique_ptr<Backend>> backend =
-      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa});
+      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa,
+                   config.model.activation_dtype == "bf16" ? DType::kBF16 : DType::kF32});
   if (!backend.ok()) return backend.status();
   loaded.backend = wrap ? wrap(*std::move(backend)) : *std::move(backend);
 
@@ -49,7 +43,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
   {
     LoadProgressBar bar(path);
     absl::StatusOr<std::unique_ptr<LlamaModel>> model = LlamaModel::Load(
-        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); });
+        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); },
+        WeightDTypeFromName(config.model.weight_dtype));
     if (!model.ok()) return model.status();
     loaded.model = *std::move(model);
   }
@@ -218,7 +213,7 @@ std::string ServedName(const ModelConfig& config) {
   // lexically_normal of "models/default/" ends in an empty name; "." needs the absolute path.
   std::filesystem::path path = std::filesystem::absolute(config.path, error).lexically_normal();
   if (!path.has_filename()) path = path.parent_path();
-  const std::string name = path.filename().string();
+  const std::string name = (path.extension() == ".gguf" ? path.stem() : path.filename()).string();
   return name.empty() ? "model" : name;
 }
 
@@ -236,7 +231,7 @@ ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded) 
 
 absl::StatusOr<ChatTemplate> LoadChatTemplate(const ModelConfig& config) {
   if (config.chat_template != "auto") return ChatTemplate::Create(config.chat_template);
-  absl::StatusOr<std::string> jinja = ReadChatTemplate(config.path);
+  absl::StatusOr<std::string> jinja = LoadChatTemplateText(config.path);
   if (!jinja.ok()) return jinja.status();
   return ChatTemplate::Detect(*jinja);
 }

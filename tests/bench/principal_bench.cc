@@ -109,6 +109,80 @@ class Context {
   std::vector<float> query_, out_;
 };
 
+// The fits of one segment in one layer: 256 tokens and 64 references per query head in every kv head.
+class SegmentFit {
+ public:
+  static constexpr int kSamples = 64;
+
+  SegmentFit(Backend* backend, int count, int history = 0)
+      : count_(count),
+        history_(history),
+        backend_(backend),
+        exact_page_(KvFormat::kBF16, 16, kDim, false),
+        page_(KvFormat::kBF16, 16, kDim, true),
+        query_page_(page_.bytes(), kSamples, kDim) {
+    constexpr int kGroup = kHeads / kKvHeads;
+    const int queries = kGroup * query_page_.blocks_per_head();
+    const int blocks = (kSegment + history + count) / 16 + queries;
+    memory_ = *backend->Allocate(static_cast<size_t>(kKvHeads) * blocks * page_.bytes());
+    ids_.resize(static_cast<size_t>(kKvHeads) * blocks);
+    for (size_t i = 0; i < ids_.size(); ++i) ids_[i] = static_cast<BlockId>(i);
+    for (int i = 0; i < kDim / 2; ++i)
+      inverse_frequency_.push_back(std::pow(10000.0f, -2.0f * static_cast<float>(i) / kDim));
+    std::mt19937 rng(2);
+    std::normal_distribution<float> normal;
+    for (int i = 0; i < kGroup * kSamples; ++i)
+      positions_.push_back(kSegment + static_cast<int>(rng() % 1024));
+    std::vector<float> key(kDim), value(kDim), query(static_cast<size_t>(kHeads) * kDim);
+    std::vector<BlockId> query_blocks;
+    for (int h = 0; h < kKvHeads; ++h) {
+      const BlockId* exact = ids_.data() + h * blocks;
+      const BlockId* principal = exact + kSegment / 16;
+      const BlockId* own_queries = principal + (history + count) / 16;
+      query_blocks.insert(query_blocks.end(), own_queries, own_queries + queries);
+      for (int i = 0; i < kSegment + history; ++i) {
+        for (float& x : key) x = normal(rng);
+        for (float& x : value) x = normal(rng);
+        std::byte* block = memory_.data() + exact[i / 16] * page_.bytes();
+        (i < kSegment ? exact_page_ : page_).Store(block, i % 16, key.data(), value.data(), 1.0f);
+      }
+      PrincipalFitJob job;
+      job.principal = principal, job.principal_entries = history;
+      job.exact = exact, job.exact_entries = kSegment;
+      job.queries = own_queries, job.positions = positions_.data(), job.samples = kSamples;
+      job.forced = 4, job.count = count, job.out = principal + history / 16, job.page = &page_;
+      jobs_.push_back(job);
+    }
+    for (int sample = 0; sample < kSamples; ++sample) {
+      for (float& x : query) x = normal(rng);
+      const QuerySampleRow row{0, sample, query_blocks.data()};
+      backend->StoreQueries({query.data(), {&row, 1}, Pool(), &query_page_, kHeads});
+    }
+    reports_.resize(jobs_.size());
+  }
+
+  void Run() {
+    backend_->FitPrincipalKeys(
+        {jobs_, reports_, Pool(), &query_page_, inverse_frequency_.data(), kHeads / kKvHeads});
+  }
+
+  const int count_, history_;
+  std::vector<double> seconds_;
+
+ private:
+  KvPool Pool() { return {memory_.data(), page_.bytes(), &exact_page_}; }
+
+  Backend* backend_;
+  KvPage exact_page_, page_;
+  QueryPage query_page_;
+  Buffer memory_;
+  std::vector<BlockId> ids_;
+  std::vector<int32_t> positions_;
+  std::vector<float> inverse_frequency_;
+  std::vector<PrincipalFitJob> jobs_;
+  std::vector<PrincipalFitReport> reports_;
+};
+
 // The machine is shared: what disturbs a round only ever adds.
 double Least(const std::vector<double>& x) { return *std::min_element(x.begin(), x.end()); }
 
@@ -142,6 +216,16 @@ int Main(int argc, char** argv) {
       if (round > 0) c->seconds_.push_back(seconds);  // the first warms up
     }
   }
+  std::vector<std::unique_ptr<SegmentFit>> fits;
+  for (const int count : {128, 64, 32}) fits.push_back(std::make_unique<SegmentFit>(backend->get(), count));
+  fits.push_back(std::make_unique<SegmentFit>(backend->get(), 512, 512));  // a capped history fitted again
+  for (int round = 0; round <= kRounds; ++round) {
+    for (auto& fit : fits) {
+      const double begin = Now(options.threads == 1);
+      fit->Run();
+      if (round > 0) fit->seconds_.push_back(Now(options.threads == 1) - begin);
+    }
+  }
   std::printf(
       "{\"backend\": \"%s\", \"context\": %d, \"window\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": "
       "%d, \"rows\": [",
@@ -154,6 +238,14 @@ int Main(int argc, char** argv) {
         "\"kv_bytes_ratio\": %.3f}",
         i ? "," : "", cases[i]->name_.c_str(), seconds * 1e6 / kCaches, seconds / exact,
         cases[i]->kv_bytes_ / cases[0]->kv_bytes_);
+  }
+  std::printf("\n], \"fits\": [");
+  for (size_t i = 0; i < fits.size(); ++i) {
+    std::printf(
+        "%s\n  {\"tokens\": %d, \"history\": %d, \"entries\": %d, \"references\": %d, \"microseconds\": "
+        "%.0f}",
+        i ? "," : "", kSegment, fits[i]->history_, fits[i]->count_, SegmentFit::kSamples * kHeads / kKvHeads,
+        Least(fits[i]->seconds_) * 1e6 / kKvHeads);
   }
   std::printf("\n]}\n");
   return 0;

@@ -22,10 +22,15 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && SameBits(a.data(), b.data(), a.size());
 }
 
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16,  DType::kQ8_0, DType::kQ4_0,
+                             DType::kQ4,  DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+
 class BatchInvariance : public ::testing::TestWithParam<std::string> {
  protected:
   BatchInvariance()
-      : random_(TestSeed()), one_(CpuBackend(GetParam(), 1)), three_(CpuBackend(GetParam(), 3)) {}
+      : random_(TestSeed()),
+        one_(CpuBackend(GetParam(), 1, DType::kBF16)),
+        three_(CpuBackend(GetParam(), 3, DType::kBF16)) {}
 
   Random random_;
   std::unique_ptr<Backend> one_;
@@ -36,9 +41,12 @@ TEST_P(BatchInvariance, MatMul) {
   struct Shape {
     int64_t rows, in, out;
   };
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    for (const Shape shape : {Shape{37, 172, 130}, Shape{19, 2077, 53}, Shape{140, 64, 301}}) {
-      const Matrix weight = RandomMatrix(random_, dtype, shape.out, shape.in);
+  for (const DType dtype : kDTypes) {
+    for (Shape shape : {Shape{37, 172, 130}, Shape{19, 2077, 53}, Shape{210, 64, 301}}) {
+      const int block = BlockOf(dtype).elements;
+      shape.in = (shape.in + block - 1) / block * block;
+      const Matrix matrix = RandomMatrix(random_, dtype, shape.out, shape.in);
+      const Weight weight = Loaded(*one_, matrix);
       const std::vector<float> x = Normals(random_, shape.rows * shape.in);
       const std::vector<float> bias = Normals(random_, shape.out);
       const std::vector<float> before = Normals(random_, shape.rows * shape.out);
@@ -181,15 +189,19 @@ TEST_P(BatchInvariance, AttentionOfALongSequence) {
 }
 
 TEST_P(BatchInvariance, MatMulOfAnotherSequencesNanStaysThere) {
-  const Matrix weight = RandomMatrix(random_, DType::kBF16, 29, 70);
-  std::vector<float> x = Normals(random_, 12 * 70);
-  std::vector<float> clean = Poison(12 * 29);
-  three_->MatMul({x.data(), weight.view, nullptr, clean.data(), 12, false});
-  std::fill_n(x.begin() + 5 * 70, 70, std::nanf(""));
-  std::vector<float> dirty = Poison(12 * 29);
-  three_->MatMul({x.data(), weight.view, nullptr, dirty.data(), 12, false});
-  for (int row = 0; row < 12; ++row) {
-    EXPECT_EQ(SameBits(&clean[row * 29], &dirty[row * 29], 29), row != 5) << row;
+  for (const DType dtype : kDTypes) {
+    const int64_t in = 256;
+    const Matrix matrix = RandomMatrix(random_, dtype, 29, in);
+    const Weight weight = Loaded(*three_, matrix);
+    std::vector<float> x = Normals(random_, 12 * in);
+    std::vector<float> clean = Poison(12 * 29);
+    three_->MatMul({x.data(), weight.view, nullptr, clean.data(), 12, false});
+    std::fill_n(x.begin() + 5 * in, in, std::nanf(""));
+    std::vector<float> dirty = Poison(12 * 29);
+    three_->MatMul({x.data(), weight.view, nullptr, dirty.data(), 12, false});
+    for (int row = 0; row < 12; ++row) {
+      EXPECT_EQ(SameBits(&clean[row * 29], &dirty[row * 29], 29), row != 5) << row;
+    }
   }
 }
 

@@ -27,6 +27,7 @@ constexpr double kUnit = 0x1p-24;
 // again.
 constexpr double kExpError = 4 * kUnit;
 const DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+const DType kQuantized[] = {DType::kQ8_0, DType::kQ4_0, DType::kQ4, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 // NaN fails the comparison, so an output that was not written is found here.
 void ExpectNear(float actual, float expected, double tolerance, const std::string& where) {
@@ -55,32 +56,63 @@ TEST_P(OpParity, GatherRows) {
         cpu_->GatherRows({table.view, indices, actual.data()});
         reference_->GatherRows({table.view, indices, expected.data()});
         EXPECT_EQ(actual, expected) << Name(dtype) << " dim " << dim << " rows " << rows;
+        actual = Poison(rows * dim);
+        cpu_->GatherRows({Loaded(*cpu_, table).view, indices, actual.data()});
+        EXPECT_EQ(actual, expected) << "packed " << Name(dtype) << " dim " << dim << " rows " << rows;
       }
     }
   }
 }
 
-void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, int64_t rows, int64_t in,
-                 int64_t out) {
+TEST_P(OpParity, GatherRowsOfQuantizedWeights) {
+  for (const DType dtype : kQuantized) {
+    const int64_t dim = 768;
+    const Matrix table = RandomMatrix(random_, dtype, 23, dim);
+    std::vector<int32_t> indices(40);
+    for (int32_t& index : indices) index = UniformInt(random_, 0, 22);
+    std::vector<float> actual = Poison(indices.size() * dim), expected = Poison(indices.size() * dim);
+    cpu_->GatherRows({Loaded(*cpu_, table).view, indices, actual.data()});
+    reference_->GatherRows({table.view, indices, expected.data()});
+    EXPECT_EQ(actual, expected) << Name(dtype);
+  }
+}
+
+// Quantised weights meet x in int8: rows that int8 holds exactly must come out as exact as sums of fp32 do.
+// The same for bf16 under activation_dtype bf16.
+void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, DType x_dtype, int64_t rows,
+                 int64_t in, int64_t out) {
   const Matrix weight = RandomMatrix(random, dtype, out, in);
-  const std::vector<float> x = Normals(random, rows * in);
+  const Weight loaded = Loaded(cpu, weight);
+  const std::vector<float> values = weight.Values();
+  std::vector<float> x = IsQuantized(dtype) ? IntegerRows(random, rows * in) : Normals(random, rows * in);
+  if (x_dtype == DType::kBF16) {
+    for (float& value : x) value = BF16ToFloat(FloatToBF16(value));
+  }
   const std::vector<float> bias = Normals(random, out);
   const std::vector<float> before = Normals(random, rows * out);
   for (const bool with_bias : {false, true}) {
     for (const bool accumulate : {false, true}) {
       std::vector<float> actual = accumulate ? before : Poison(rows * out);
       std::vector<float> expected = actual;
-      MatMulArgs args{x.data(),      weight.view, with_bias ? bias.data() : nullptr,
+      MatMulArgs args{x.data(),      loaded.view, with_bias ? bias.data() : nullptr,
                       actual.data(), rows,        accumulate};
       cpu.MatMul(args);
+      args.weight = weight.view;
       args.y = expected.data();
       reference.MatMul(args);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t o = 0; o < out; ++o) {
           double norm =
               (with_bias ? std::abs(bias[o]) : 0.0) + (accumulate ? std::abs(before[r * out + o]) : 0.0);
-          for (int64_t k = 0; k < in; ++k)
-            norm += std::abs(static_cast<double>(x[r * in + k]) * weight.At(o, k));
+          for (int64_t k = 0; k < in; ++k) {
+            // q4_k and q5_k weights are differences: of what, a block's largest weight bounds.
+            double size = std::abs(values[o * in + k]);
+            if (dtype == DType::kQ4_K || dtype == DType::kQ5_K) {
+              const float* block = &values[o * in + k / 32 * 32];
+              for (int i = 0; i < 32; ++i) size = std::max<double>(size, 4 * std::abs(block[i]));
+            }
+            norm += std::abs(x[r * in + k]) * size;
+          }
           // in products, bias, residual, and the reference's rounding.
           const double tolerance = (static_cast<double>(in) + 3) * kUnit * norm;
           ExpectNear(actual[r * out + o], expected[r * out + o], tolerance,
@@ -94,12 +126,67 @@ void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, 
   }
 }
 
+TEST_P(OpParity, MatMulQuantizedWeights) {
+  for (const DType dtype : kQuantized) {
+    const int block = BlockOf(dtype).elements;
+    for (const int64_t rows : {1, 2, 3, 7, 8, 9, 17, 33}) {
+      for (const int64_t blocks : {1, 3, 17}) {
+        const int64_t in = block * (block == 256 ? std::min<int64_t>(blocks, 5) : blocks);
+        for (const int64_t out : {1, 16, 21, 50}) {
+          CheckMatMul(random_, *cpu_, *reference_, dtype, DType::kF32, rows, in, out);
+          ASSERT_FALSE(HasFailure());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, MatMulWithActivationsInBf16) {
+  const std::unique_ptr<Backend> cpu = CpuBackend(GetParam(), 3, DType::kBF16);
+  for (const int64_t rows : {1, 2, 3, 7, 8, 9, 17, 33}) {
+    for (const int64_t in : {1, 2, 65, 512, 1111}) {
+      for (const int64_t out : {1, 16, 21, 50}) {
+        CheckMatMul(random_, *cpu, *reference_, DType::kBF16, DType::kBF16, rows, in, out);
+        ASSERT_FALSE(HasFailure());
+      }
+    }
+  }
+}
+
+// Any x: off by no more than rounding x to 1/254 of its block's largest element can cause.
+TEST_P(OpParity, MatMulQuantizedActivations) {
+  const int64_t rows = 5, in = 512, out = 40;
+  for (const DType dtype : kQuantized) {
+    const Matrix weight = RandomMatrix(random_, dtype, out, in);
+    const Weight loaded = Loaded(*cpu_, weight);
+    const std::vector<float> values = weight.Values();
+    const std::vector<float> x = Normals(random_, rows * in);
+    std::vector<float> actual = Poison(rows * out), expected = Poison(rows * out);
+    cpu_->MatMul({x.data(), loaded.view, nullptr, actual.data(), rows, false});
+    reference_->MatMul({x.data(), weight.view, nullptr, expected.data(), rows, false});
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t o = 0; o < out; ++o) {
+        double bound = 0;
+        for (int64_t b = 0; b < in; b += 32) {
+          double largest = 0, weights = 0;
+          for (int64_t k = b; k < b + 32; ++k) {
+            largest = std::max<double>(largest, std::abs(x[r * in + k]));
+            weights += std::abs(values[o * in + k]);
+          }
+          bound += largest / 254 * weights;
+        }
+        ExpectNear(actual[r * out + o], expected[r * out + o], bound * 1.001, std::string(Name(dtype)));
+      }
+    }
+  }
+}
+
 TEST_P(OpParity, MatMulSmallShapes) {
   for (const DType dtype : kDTypes) {
     for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17}) {
       for (const int64_t in : {1, 15, 16, 17, 64, 172}) {
         for (const int64_t out : {1, 5, 6, 13, 50}) {
-          CheckMatMul(random_, *cpu_, *reference_, dtype, rows, in, out);
+          CheckMatMul(random_, *cpu_, *reference_, dtype, DType::kF32, rows, in, out);
           ASSERT_FALSE(HasFailure());
         }
       }
@@ -109,9 +196,10 @@ TEST_P(OpParity, MatMulSmallShapes) {
 
 TEST_P(OpParity, MatMulLargeShapes) {
   for (const DType dtype : kDTypes) {
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 3, 2500, 97);   // three depth slices, streamed
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 19, 1030, 61);  // two depth slices, packed
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 131, 33, 67);   // two row blocks
+    CheckMatMul(random_, *cpu_, *reference_, dtype, DType::kF32, 3, 2500,
+                97);  // three depth slices, streamed
+    CheckMatMul(random_, *cpu_, *reference_, dtype, DType::kF32, 19, 1030, 61);  // two depth slices, packed
+    CheckMatMul(random_, *cpu_, *reference_, dtype, DType::kF32, 203, 33, 67);   // two row blocks
   }
 }
 
