@@ -40,13 +40,15 @@ absl::Status ShareAmongHeads(const AtpConfig& config, double share, const Compre
   const bool by_preset = config.ratio == 0 && config.bits == 0;
   if (by_preset && budgets.has_curves()) {
     absl::StatusOr<HeadBudgets> spent = SpendBytes(budgets, share, settings, shape, choice->budgets_file);
-    if (!spent.ok()) return spent.status();
-    settings.head_ratio = std::move(spent->ratio);
-    settings.head_bits = std::move(spent->bits);
-    settings.ratio = choice->ratio = Mean(settings.head_ratio);
-    return absl::OkStatus();
+    if (spent.ok()) {
+      settings.head_ratio = std::move(spent->ratio);
+      settings.head_bits = std::move(spent->bits);
+      settings.ratio = choice->ratio = Mean(settings.head_ratio);
+      return absl::OkStatus();
+    }
+    // Segments too short for so few bytes: as near as whole pages come.
   }
-  if (by_preset && !budgets.bits.empty()) {
+  if (by_preset && !budgets.bits.empty() && !budgets.has_curves()) {
     settings.head_ratio = budgets.ratio;
     settings.head_bits = budgets.bits;
     settings.ratio = choice->ratio = budgets.MeanRatio();
