@@ -92,6 +92,7 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   settings.segment_tokens = config.segment_tokens;
   settings.window_tokens = config.window_tokens;
   settings.sink_tokens = config.sink_tokens;
+  settings.linear_rank = config.linear_rank;
   if (choice.preset == "exact" && config.max_principal_keys > 0) {
     return absl::InvalidArgumentError(absl::StrCat("atp.max_principal_keys: ", config.max_principal_keys,
                                                    " caps nothing, because atp.preset auto is exact "
@@ -116,8 +117,9 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
   if (!config.atp.allow_override) return nullptr;
   const int own_bits = own.exact() ? 8 : own.bits;
   const int block_tokens = config.kv_cache.block_tokens;
-  return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format,
-          own_bits](const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
+  return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format, own_bits,
+          linear_layers = own.settings.linear_layers](
+             const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
     if (wanted.preset == "exact") return CompressionSettings();
     AtpConfig asked = atp;
     asked.preset = wanted.preset.value_or("auto");
@@ -125,7 +127,10 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
     asked.bits = wanted.bits.value_or(wanted.preset ? 0 : wanted.ratio == 1.0 ? 16 : own_bits);
     absl::StatusOr<CompressionChoice> choice =
         ChooseCompression(asked, model_dir, model, block_tokens, format);
-    if (choice.ok()) return choice->settings;
+    if (choice.ok()) {
+      choice->settings.linear_layers = linear_layers;
+      return choice->settings;
+    }
     // It names a file of the operator's: for the log, not for the client.
     spdlog::warn("event=override_refused status=\"{}\"", choice.status().ToString());
     return absl::InvalidArgumentError(

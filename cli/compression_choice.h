@@ -21,6 +21,7 @@ struct CompressionChoice {
   int bits = 16;       // per element; 16: as exact entries; of the preset where settings.head_bits differ
   std::string budgets_file;  // empty: uniform, or exact
   CompressionSettings settings;
+  std::string linear_layers;  // which linear layers take low-rank inputs, and which not; empty: not asked for
   // The most blocks that a sequence of the model's full length holds at once; 0: nothing is compressed. Set
   // with the engine.
   int64_t peak_blocks = 0;

@@ -1,5 +1,6 @@
 // atp eval: cross-entropy and accuracy of a model on a text or on token ids, with the cache exact and
 // compressed.
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "cli/served_engine.h"
 #include "cli/settings_flags.h"
 #include "engine/byte_budget.h"
+#include "engine/low_rank.h"
 #include "nlohmann/json.hpp"
 
 namespace atp {
@@ -38,6 +40,7 @@ struct EvalFlags {
   std::vector<int> windows;
   std::vector<int> caps;
   std::vector<int> bits;
+  double linear_rank = 1;
   std::vector<std::string> kv_dtypes;
   std::vector<std::string> baselines;
   std::string budgets_file;
@@ -126,12 +129,15 @@ absl::StatusOr<std::vector<EvalRow>> MakeRows(const EvalFlags& flags, const Conf
           row.settings.window_tokens = window;
           row.settings.sink_tokens = config.atp.sink_tokens;
           row.settings.max_principal_keys = cap;
+          row.settings.linear_rank = flags.linear_rank;
+          row.settings.linear_layers = kAllLinearLayers;
           if (absl::Status s = SetDegree(budgets, flags, degree, shape, &row); !s.ok()) return s;
           absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan =
               MakeCompressionPlan(row.settings, shape);
           if (!plan.ok()) return plan.status();
           row.plan = *std::move(plan);
-          if (row.plan != nullptr) {
+          row.bf16_bytes_ratio = ExactShareOfBf16(shape);
+          if (row.plan != nullptr && row.plan->compresses()) {
             row.bf16_bytes_ratio = ShareOfBf16(*row.plan, shape);
             row.kv_bytes_ratio = row.bf16_bytes_ratio / ExactShareOfBf16(shape);
           }
@@ -146,6 +152,12 @@ absl::StatusOr<std::vector<EvalRow>> MakeRows(const EvalFlags& flags, const Conf
   return rows;
 }
 
+// Of all rows, where linear layers take low-rank inputs; else 0.
+int LongestLowRankSegment(const EvalFlags& flags, const Config& config) {
+  const std::vector<int> segments = OrSet(flags.segments, config.atp.segment_tokens);
+  return flags.linear_rank < 1 ? *std::max_element(segments.begin(), segments.end()) : 0;
+}
+
 // The exact row first, then all others, for one element type of the cache.
 absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const Config& config) {
   absl::StatusOr<LlamaConfig> llama = LoadLlamaConfig(config.model.path);
@@ -157,7 +169,7 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
     return std::unique_ptr<Backend>(std::move(wrapped));
   };
   absl::StatusOr<LoadedModel> loaded =
-      LoadModel(config, EvaluationLimits(*llama),
+      LoadModel(config, EvaluationLimits(*llama, LongestLowRankSegment(flags, config)),
                 flags.data.ids_file.empty() ? TokenizerNeed::kRequired : TokenizerNeed::kOptional, wrap);
   if (!loaded.ok()) return loaded.status();
   const absl::StatusOr<int> context = ContextTokens(flags.data, *loaded);
@@ -172,10 +184,13 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   std::vector<size_t> case_rows;
   for (size_t i = 0; i < rows->size(); ++i) {
     if ((*rows)[i].plan == nullptr) continue;
-    shape.compressible = true;
-    const size_t block_bytes =
-        CompressedBlockBytes((*rows)[i].settings, shape.format, shape.block_tokens, shape.head_dim);
-    shape.block_bytes = std::max(shape.block_bytes, block_bytes);
+    size_t block_bytes = 0;
+    if ((*rows)[i].plan->compresses()) {
+      shape.compressible = true;
+      block_bytes =
+          CompressedBlockBytes((*rows)[i].settings, shape.format, shape.block_tokens, shape.head_dim);
+      shape.block_bytes = std::max(shape.block_bytes, block_bytes);
+    }
     const Baseline method = (*rows)[i].method;
     cases.push_back({(*rows)[i].plan, [backend, method] { backend->set_baseline(method); }, block_bytes});
     case_rows.push_back(i);
@@ -280,6 +295,11 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
        "element type of the cache: auto, f32, bf16 (default: kv_cache.dtype)");
   list("--baseline", &flags->baselines,
        "how entries are chosen: none (principal keys), recent, attention, unfitted (default: none)");
+  eval->add_option("--linear-rank", flags->linear_rank,
+                   "rank of the input of linear layers in whole segments, as a share of their tokens, in all "
+                   "layers whether faster or not (default: 1, exact)")
+      ->option_text("R")
+      ->check(CLI::Range(1e-6, 1.0));
   eval->add_option("--budgets", flags->budgets_file,
                    "ratios and bits per kv head, as atp calibrate writes them (default: uniform)")
       ->option_text("FILE");

@@ -66,13 +66,23 @@ class Run {
         first_(first),
         block_bytes_(static_cast<int64_t>(block_bytes)),
         vocab_(static_cast<size_t>(model->config().vocab_size)),
-        scheduler_(Options(*model, kv_cache, parallel, max_positions)) {
+        options_(Options(*model, kv_cache, parallel, max_positions)),
+        scheduler_(options_) {
     for (const auto& ids : sequences) distances_.push_back(RecallDistances(ids, recall_tokens));
   }
 
   // `references`: one per sequence; written where `exact`, else read.
   absl::StatusOr<std::vector<Score>> operator()(const std::shared_ptr<const CompressionPlan>& plan,
                                                 bool exact, std::vector<Reference>* references) {
+    if (plan != nullptr && plan->linear_rank() > 0) {
+      const int longest = Scheduler::LongestScoredSegment(options_);
+      if (plan->segment_tokens() > longest) {
+        return absl::InvalidArgumentError(absl::StrCat("low-rank linear layers: segments of ",
+                                                       plan->segment_tokens(),
+                                                       " tokens, steps have room for ", longest));
+      }
+      if (absl::Status s = model_->ReserveLowRank(plan->segment_tokens()); !s.ok()) return s;
+    }
     scores_.assign(sequences_.size(), Score());
     references_ = references;
     exact_ = exact;
@@ -113,8 +123,10 @@ class Run {
     request->echo_prompt = true;
     request->sampling.logprobs = 0;
     request->sampling.max_tokens = 0;
-    return scheduler_.Admit(
-        std::make_unique<Sequence>(static_cast<RequestId>(index), request, 0, 0, nullptr, plan));
+    auto sequence = std::make_unique<Sequence>(static_cast<RequestId>(index), request, 0, 0, nullptr, plan);
+    // Serving reads the logits of no low-rank row, which has seen the rows behind it: nor is one judged.
+    sequence->SetLowRankTokens(std::min(first_, sequence->prompt_tokens()));
+    return scheduler_.Admit(std::move(sequence));
   }
 
   absl::Status Step() {
@@ -175,6 +187,7 @@ class Run {
   const int first_;
   const int64_t block_bytes_;
   const size_t vocab_;
+  const SchedulerOptions options_;
   Scheduler scheduler_;
   std::vector<std::vector<int>> distances_;  // [sequences][positions]
   std::vector<Score> scores_;
@@ -229,12 +242,16 @@ std::vector<int> RecallDistances(std::span<const TokenId> ids, int tokens) {
   return distances;
 }
 
-ModelLimits EvaluationLimits(const LlamaConfig& config) {
+ModelLimits EvaluationLimits(const LlamaConfig& config, int low_rank_segment) {
   ModelLimits limits;
   limits.max_batch_rows = kRowsPerStep;
   limits.max_batch_entries = kParallelSequences;
   limits.max_logit_rows =
       static_cast<int>(std::clamp<int64_t>(kLogitBytes / (config.vocab_size * 4), 1, kRowsPerStep));
+  if (low_rank_segment > 0) {  // a whole one beside a row of each other sequence
+    limits.max_batch_rows = std::max(limits.max_batch_rows, low_rank_segment + kParallelSequences);
+    limits.max_logit_rows = std::max(limits.max_logit_rows, low_rank_segment + kParallelSequences);
+  }
   return limits;
 }
 

@@ -54,8 +54,9 @@ struct EvaluationCase {
 // before, most recently, and the token after them there is the next one here. 0: no such place.
 std::vector<int> RecallDistances(std::span<const TokenId> ids, int tokens);
 
-// What to load a model with that Evaluate() runs.
-ModelLimits EvaluationLimits(const LlamaConfig& config);
+// What to load a model with that Evaluate() runs. low_rank_segment: the longest of the cases' plans whose
+// linear layers take low-rank inputs.
+ModelLimits EvaluationLimits(const LlamaConfig& config, int low_rank_segment = 0);
 
 // Position p of a sequence predicts token p + 1; judged are positions p >= first. Returns the score of the
 // exact cache, then one for each case. Sums are in the order of the sequences, so the result does not depend

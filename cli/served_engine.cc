@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cli/load_progress.h"
+#include "engine/low_rank.h"
 #include "kernels/backend_factory.h"
 #include "kernels/kv_page.h"
 #include "spdlog/spdlog.h"
@@ -94,6 +95,17 @@ size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
 
 namespace {
 
+// Which linear layers take low-rank inputs.
+void ChooseLinear(LoadedModel* loaded) {
+  CompressionSettings& settings = loaded->compression.settings;
+  if (settings.linear_rank == 1) return;
+  LinearLayersChoice linear =
+      ChooseLinearLayers(loaded->model->config(), loaded->model->low_rank_matmul_speed(),
+                         settings.linear_rank, settings.segment_tokens);
+  settings.linear_layers = linear.layers;
+  loaded->compression.linear_layers = std::move(linear.reasons);
+}
+
 // Fills in what is compressed, and the most blocks that one sequence can hold.
 absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const LlamaConfig& model = loaded->model->config();
@@ -110,8 +122,12 @@ absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   if (fitted > 0) {
     loaded->compression.peak_blocks = (*plan)->PeakBlocks(0, context, fitted);
   } else {
-    loaded->compression.settings = CompressionSettings();  // nothing is spent on what never happens
+    const CompressionSettings asked = std::exchange(loaded->compression.settings, {});
+    // Nothing is spent on what never happens.
+    loaded->compression.settings.segment_tokens = asked.segment_tokens;
+    loaded->compression.settings.linear_rank = asked.linear_rank;
   }
+  ChooseLinear(loaded);
   return absl::OkStatus();
 }
 
@@ -148,7 +164,12 @@ int64_t CompressedTokens(const BatchingEngine& engine, int64_t peak_blocks, int 
 
 void LogCompression(const std::string& model_dir, const LoadedModel& loaded, const BatchingEngine& engine) {
   const CompressionChoice& choice = loaded.compression;
-  if (engine.plan() == nullptr && !choice.exact()) {
+  const bool compresses = engine.plan() != nullptr && engine.plan()->compresses();
+  if (!choice.linear_layers.empty()) {
+    spdlog::info("linear_rank={:g} segment_tokens={} layers=\"{}\"", choice.settings.linear_rank,
+                 choice.settings.segment_tokens, choice.linear_layers);
+  }
+  if (!compresses && !choice.exact()) {
     spdlog::info(
         "atp={} ratio={:g} kv_tokens_exact={} context_tokens={} note=\"nothing is ever compressed: no "
         "sequence is "
@@ -156,7 +177,7 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
         choice.preset, choice.ratio, engine.kv_cache().token_capacity(), loaded.max_context_tokens);
     return;
   }
-  if (engine.plan() == nullptr) {
+  if (!compresses) {
     spdlog::info(
         "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --bytes {:g}\"",
         engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").share);

@@ -46,10 +46,12 @@ struct AtpConfig {
   std::string preset = "auto";  // auto | exact | quality | balanced | compact
   double ratio = 0;             // principal entries per token of a closed segment; 0: the preset's
   int bits = 0;  // per element of principal entries: 16 | 8 | 4; 0: the preset's, 16 where ratio is set
-  int segment_tokens = 256;      // compressed at once; a multiple of kv_cache.block_tokens
-  int window_tokens = 256;       // newest tokens that stay exact; the same, or 0
-  int sink_tokens = 4;           // first tokens that stay as they are
-  int max_principal_keys = 0;    // per kv head; 0: as many as there are
+  int segment_tokens = 256;    // compressed at once; a multiple of kv_cache.block_tokens
+  int window_tokens = 256;     // newest tokens that stay exact; the same, or 0
+  int sink_tokens = 4;         // first tokens that stay as they are
+  int max_principal_keys = 0;  // per kv head; 0: as many as there are
+  // Rank of the input of linear layers in a prompt's whole segments, as a share of its rows; 1: exact.
+  double linear_rank = 1;
   bool allow_override = true;    // requests may choose their own preset or ratio
   std::string budgets = "auto";  // auto (atp_budgets.json beside the model, where it is) | uniform | a path
 };

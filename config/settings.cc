@@ -149,6 +149,13 @@ std::vector<Setting> MakeTable() {
        .meaning =
            "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
            "where it is), uniform, or a file"},
+      {.key = "atp.linear_rank",
+       .member = ATP_MEMBER(double, atp.linear_rank),
+       .meaning = "rank of the input of linear layers in whole segments of a prompt, as a share of their "
+                  "tokens, where "
+                  "that is faster; 1: exact",
+       .max = 1,
+       .min_excluded = true},
       {.key = "atp.allow_override",
        .member = ATP_MEMBER(bool, atp.allow_override),
        .meaning = "a request may bring a preset or a ratio of its own"},

@@ -28,6 +28,8 @@ struct BatchEntry {
   // Set where the segment of these rows will be compressed: their queries are kept for its fit. Rows never go
   // beyond the end of a segment.
   const CompressionPlan* plan = nullptr;
+  // Set where these rows are a whole segment of a prompt, whose linear layers take low-rank inputs.
+  const CompressionPlan* low_rank = nullptr;
   bool closes_segment = false;  // with these rows it is whole, and is fitted in this step
 };
 

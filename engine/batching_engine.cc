@@ -22,14 +22,18 @@ int MaxPositions(const LlamaConfig& config) {
   return static_cast<int>(positions);
 }
 
+void SetSteps(const BatchingEngineOptions& options, const ModelLimits& limits, SchedulerOptions* out) {
+  out->max_batch_tokens = std::min(options.max_batch_tokens, limits.max_batch_rows);
+  out->max_prefill_chunk_tokens = options.max_prefill_chunk_tokens;
+  out->max_running_sequences = std::min(options.max_running_sequences, limits.max_batch_entries);
+  out->max_logit_rows = limits.max_logit_rows;
+}
+
 SchedulerOptions MakeSchedulerOptions(const BatchingEngineOptions& options, const ModelLimits& limits,
                                       const KvCache& kv_cache, int max_positions) {
   SchedulerOptions out;
-  out.max_batch_tokens = std::min(options.max_batch_tokens, limits.max_batch_rows);
-  out.max_prefill_chunk_tokens = options.max_prefill_chunk_tokens;
-  out.max_running_sequences = std::min(options.max_running_sequences, limits.max_batch_entries);
+  SetSteps(options, limits, &out);
   out.prefix_cache = options.prefix_cache;
-  out.max_logit_rows = limits.max_logit_rows;
   out.max_positions = max_positions;
   out.layers = kv_cache.shape().layers;
   out.kv_heads = kv_cache.shape().kv_heads;
@@ -39,12 +43,37 @@ SchedulerOptions MakeSchedulerOptions(const BatchingEngineOptions& options, cons
   return out;
 }
 
+// Low-rank inputs need whole segments: where a step may have no room for one they are left out, of the
+// engine's settings and of those that requests bring.
+absl::Status PlanLowRank(LlamaModel* model, BatchingEngineOptions* options) {
+  if (!HasLowRank(options->compression)) return absl::OkStatus();
+  SchedulerOptions steps;
+  SetSteps(*options, model->limits(), &steps);
+  const int longest = Scheduler::LongestSegment(steps), segment = options->compression.segment_tokens;
+  if (segment <= longest) return model->ReserveLowRank(segment);
+  spdlog::warn(
+      "atp.linear_rank is not used: segments of {} tokens (atp.segment_tokens) are longer than the {} that a "
+      "step always has room for; raise scheduler.max_batch_tokens and scheduler.max_prefill_chunk_tokens",
+      segment, longest);
+  options->compression.linear_rank = 1;
+  if (options->override_settings == nullptr) return absl::OkStatus();
+  options->override_settings = [inner = options->override_settings](
+                                   const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
+    absl::StatusOr<CompressionSettings> settings = inner(wanted);
+    if (settings.ok()) settings->linear_rank = 1;
+    return settings;
+  };
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* backend, LlamaModel* model,
                                                                        const Tokenizer* tokenizer,
-                                                                       const BatchingEngineOptions& options,
+                                                                       const BatchingEngineOptions& wanted,
                                                                        EngineObserver* observer) {
+  BatchingEngineOptions options = wanted;
+  if (absl::Status s = PlanLowRank(model, &options); !s.ok()) return s;
   const LlamaConfig& config = model->config();
   KvCache::Shape shape;
   shape.layers = config.layers;

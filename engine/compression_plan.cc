@@ -26,6 +26,9 @@ constexpr uint64_t kFormatVersion = 2;
 constexpr int kSliceEntries = 16;
 constexpr size_t kPageAlignment = 64;  // of KvPage::bytes()
 
+// Set in the keys of low-rank segments, and in no plan's id.
+constexpr uint64_t kLowRankKey = uint64_t{1} << 63;
+
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
 bool HasIntegers(const CompressionSettings& settings) {
@@ -91,9 +94,15 @@ CompressionPlan::CompressionPlan(const CompressionSettings& settings, const Comp
       samples_(std::min(kPrincipalSamples, settings.segment_tokens)),
       first_replacing_(std::numeric_limits<int>::max()) {
   // The first segment k with (k + 1) · count > cap in some head.
-  const int largest = *std::max_element(counts_.begin(), counts_.end());
-  if (settings.max_principal_keys > 0) first_replacing_ = settings.max_principal_keys / largest;
-  ChoosePages(bits);
+  if (settings.max_principal_keys > 0) {
+    const int largest = *std::max_element(counts_.begin(), counts_.end());
+    first_replacing_ = settings.max_principal_keys / largest;
+  }
+  if (HasLowRank(settings)) {
+    linear_rank_ = std::clamp(static_cast<int>(std::lround(settings.linear_rank * settings.segment_tokens)),
+                              1, settings.segment_tokens - 1);
+  }
+  if (!counts_.empty()) ChoosePages(bits);
   id_ = Hash();
 }
 
@@ -174,7 +183,14 @@ uint64_t CompressionPlan::Hash() const {
     add(static_cast<int64_t>(pages_[page].format()));
     add(pages_[page].entries());
   }
-  return hash != 0 ? hash : 1;
+  if (linear_rank_ > 0) add(linear_rank_ * 8 + settings_.linear_layers);
+  return std::max<uint64_t>(1, hash & ~kLowRankKey);
+}
+
+uint64_t CompressionPlan::LowRankKey(std::span<const int32_t> segment) const {
+  uint64_t hash = id_;
+  for (const int32_t token : segment) hash = Mix(hash ^ static_cast<uint32_t>(token));
+  return hash | kLowRankKey;
 }
 
 int CompressionPlan::ReferencePosition(int layer, int head, int segment, int sample) const {
@@ -186,7 +202,7 @@ int CompressionPlan::ReferencePosition(int layer, int head, int segment, int sam
 
 int64_t CompressionPlan::PeakBlocks(int from, int to, int fitted) const {
   const int s = settings_.segment_tokens;
-  const int64_t exact_group = static_cast<int64_t>(counts_.size());
+  const int64_t exact_group = static_cast<int64_t>(shape_.layers) * shape_.kv_heads;
   // Principal groups [begin, end) are held; their blocks are counted as the window over them moves.
   int begin = 0, end = 0;
   int64_t principal = 0, peak = 0;
@@ -206,7 +222,11 @@ int64_t CompressionPlan::PeakBlocks(int from, int to, int fitted) const {
 
 absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
     const CompressionSettings& settings, const CompressionShape& shape) {
-  if (!Compresses(settings)) return std::shared_ptr<const CompressionPlan>();
+  if (!(settings.linear_rank > 0 && settings.linear_rank <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("atp.linear_rank: expected more than 0 and at most 1, found ", settings.linear_rank));
+  }
+  if (!Compresses(settings) && !HasLowRank(settings)) return std::shared_ptr<const CompressionPlan>();
   const auto whole_blocks = [&](int tokens) { return tokens >= 0 && tokens % shape.block_tokens == 0; };
   if (settings.segment_tokens <= 0 || !whole_blocks(settings.segment_tokens)) {
     return absl::InvalidArgumentError(absl::StrCat("atp.segment_tokens: expected a positive multiple of ",
@@ -222,6 +242,12 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
     return absl::InvalidArgumentError(absl::StrCat("atp.sink_tokens: expected 0 to ", settings.segment_tokens,
                                                    " (atp.segment_tokens), found ", settings.sink_tokens));
   }
+  const auto only_low_rank = [&] {  // without heads: nothing is fitted
+    return HasLowRank(settings)
+               ? std::shared_ptr<const CompressionPlan>(new CompressionPlan(settings, shape, {}, {}))
+               : nullptr;
+  };
+  if (!Compresses(settings)) return only_low_rank();
   const int least = std::max(1, settings.sink_tokens);
   if (settings.max_principal_keys != 0 && settings.max_principal_keys < least) {
     return absl::InvalidArgumentError(absl::StrCat("atp.max_principal_keys: expected 0 (no cap) or at least ",
@@ -268,7 +294,7 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
   const bool compresses = settings.max_principal_keys > 0 || HasIntegers(settings) ||
                           std::any_of(counts.begin(), counts.end(),
                                       [&](int32_t count) { return count < settings.segment_tokens; });
-  if (!compresses) return std::shared_ptr<const CompressionPlan>();
+  if (!compresses) return only_low_rank();
   CompressionShape sized = shape;
   sized.block_bytes = block_bytes;
   return std::shared_ptr<const CompressionPlan>(

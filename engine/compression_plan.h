@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -29,6 +30,9 @@ inline constexpr int kPrincipalSamples = 64;
 // References are asked from positions up to this far behind their segment.
 inline constexpr int kPrincipalHorizon = 1024;
 
+// Linear layers that share their input, and so one low-rank form of it: a set of bits.
+enum LinearLayers : uint8_t { kQueryKeyValue = 1, kGateUp = 2, kDown = 4 };
+
 struct CompressionSettings {
   double ratio = 1.0;              // principal entries per token of a closed segment, (0, 1]
   std::vector<double> head_ratio;  // [layers * kv_heads], layer-major, instead of `ratio`; empty: uniform
@@ -38,10 +42,16 @@ struct CompressionSettings {
   int window_tokens = 256;         // newest tokens that stay exact; a multiple of the block size, 0 too
   int sink_tokens = 4;             // first tokens that every fit keeps
   int max_principal_keys = 0;      // per kv head; 0 = as many as there are
+  // Rank of the input of linear layers in whole segments of a prompt, as a share of segment_tokens; 1: exact.
+  double linear_rank = 1;
+  uint8_t linear_layers = 0;  // LinearLayers that take it: see ChooseLinearLayers (engine/low_rank.h)
 };
 
-// Whether anything at all is compressed with these.
+// Whether any history is compressed with these, and whether any linear layer has a low-rank input.
 bool Compresses(const CompressionSettings& settings);
+inline bool HasLowRank(const CompressionSettings& settings) {
+  return settings.linear_rank < 1 && settings.linear_layers != 0;
+}
 
 // What a plan is made for: the model, the blocks, and the most tokens a sequence can have.
 struct CompressionShape {
@@ -79,6 +89,20 @@ class CompressionPlan {
   const CompressionSettings& settings() const { return settings_; }
   // Of the blocks that the plan's pages are made for: at least this.
   size_t block_bytes() const { return shape_.block_bytes; }
+  // False: it is only about linear layers. No history is compressed, and there are no groups and pages.
+  bool compresses() const { return !pages_.empty(); }
+
+  // --- linear layers ---
+  int linear_rank() const { return linear_rank_; }  // of a segment's rows, less than these; 0: exact
+  uint8_t linear_layers() const { return settings_.linear_layers; }
+  // How many whole segments so many tokens have, if linear layers take low-rank inputs there.
+  int LowRankSegments(int tokens) const {
+    return linear_rank_ > 0 ? tokens / settings_.segment_tokens : 0;
+  }
+  // Such a segment's keys and values depend on all of its tokens, in every block. Not the key of anything
+  // else.
+  uint64_t LowRankKey(std::span<const int32_t> segment) const;
+
   // Not 0. Plans with the same id compress in the same way, so their blocks may be shared.
   uint64_t id() const { return id_; }
 
@@ -86,12 +110,14 @@ class CompressionPlan {
   // c(p) = max(0, ⌊(S·⌊p/S⌋ − W) / S⌋), constant inside a segment.
   int VisibleSegments(int position) const {
     const int s = settings_.segment_tokens;
+    if (!compresses()) return 0;
     return std::max(0, position / s * s - settings_.window_tokens) / s;
   }
   // How many segments a sequence has to fit when it computes `tokens` tokens: those that one of them sees.
   int FittedSegments(int tokens) const { return tokens > 0 ? VisibleSegments(tokens - 1) : 0; }
   // The first tokens, whose keys and values do not depend on the plan: everything that they see is exact.
   int UntouchedTokens() const {
+    if (!compresses()) return std::numeric_limits<int>::max();
     const int s = settings_.segment_tokens;
     return s * (1 + (settings_.window_tokens + s - 1) / s);
   }
@@ -165,6 +191,7 @@ class CompressionPlan {
 
   CompressionSettings settings_;
   CompressionShape shape_;
+  int linear_rank_ = 0;
   std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
   std::vector<KvPage> pages_;    // of the formats and sizes in use
   std::vector<int> page_parts_;  // of a block, for each of them
@@ -179,8 +206,8 @@ class CompressionPlan {
   uint64_t id_;
 };
 
-// InvalidArgument naming the setting. Null where the settings compress nothing: Compresses() is false, or
-// every head keeps all keys of a segment as short as this.
+// InvalidArgument naming the setting. Null where the settings change nothing: no linear layer, and no history
+// because Compresses() is false or every head keeps all keys of a segment as short as this.
 absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
     const CompressionSettings& settings, const CompressionShape& shape);
 

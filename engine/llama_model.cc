@@ -1,5 +1,7 @@
 #include "engine/llama_model.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,7 +12,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "engine/block_table.h"
-#include "engine/compression_plan.h"
 
 namespace atp {
 namespace {
@@ -23,7 +24,7 @@ void Check(bool condition, const char* what) {
 }
 
 void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& config,
-                const ModelLimits& limits) {
+                const ModelLimits& limits, int64_t low_rank_rows) {
   const KvCache::Shape& shape = kv_cache.shape();
   Check(
       shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim,
@@ -45,6 +46,11 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
     Check(entry.exact_entries <= entry.table->exact_blocks() * shape.block_tokens,
           "blocks for all exact entries");
     rows += entry.rows;
+    if (entry.low_rank != nullptr) {
+      Check(entry.rows == entry.low_rank->segment_tokens() &&
+                batch.positions[entry.first_row] % entry.rows == 0 && entry.rows <= low_rank_rows,
+            "low rank for whole segments, with memory reserved");
+    }
     if (entry.plan == nullptr) continue;
     const int segment = entry.plan->segment_tokens();
     const int first = batch.positions[entry.first_row];
@@ -59,14 +65,25 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
 
 }  // namespace
 
+struct LlamaModel::Linear {
+  const Weight* weight;
+  const Weight* bias;
+  float* y;  // [rows, out]
+  bool accumulate = false;
+};
+
 // Device memory that one step needs, for the largest legal step; all fp32, one row per token of the batch.
 struct LlamaModel::Activations {
-  Buffer hidden;                      // [rows, hidden]: the residual stream
-  Buffer normed;                      // [rows, hidden]
-  Buffer query;                       // [rows, heads, head_dim]
-  Buffer key, value;                  // [rows, kv_heads, head_dim]
-  Buffer attended;                    // [rows, heads, head_dim]
-  Buffer gate, up;                    // [rows, intermediate]
+  Buffer hidden;       // [rows, hidden]: the residual stream
+  Buffer normed;       // [rows, hidden]
+  Buffer query;        // [rows, heads, head_dim]
+  Buffer key, value;   // [rows, kv_heads, head_dim]
+  Buffer attended;     // [rows, heads, head_dim]
+  Buffer gate, up;     // [rows, intermediate]
+  Buffer low_left;     // [segment, segment]: of the segment in progress, as the next two
+  Buffer low_right;    // [segment, in]
+  Buffer low_product;  // [segment, out]
+  int64_t low_rank_rows = 0;
   Buffer last;                        // [logit_rows, hidden]
   Buffer logits;                      // [logit_rows, vocab]
   Buffer inverse_frequency;           // [head_dim / 2]
@@ -100,22 +117,42 @@ LlamaModel::LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backen
 
 LlamaModel::~LlamaModel() = default;
 
+absl::Status LlamaModel::Reserve(Buffer* buffer, int64_t rows, int64_t cols) {
+  const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
+  absl::StatusOr<Buffer> memory = backend_->Allocate(bytes);
+  if (!memory.ok()) {
+    return absl::Status(memory.status().code(),
+                        absl::StrCat("activations of ", rows, " rows: ", memory.status().message(),
+                                     "; lower the tokens per step"));
+  }
+  *buffer = *std::move(memory);
+  activation_bytes_ += bytes;
+  return absl::OkStatus();
+}
+
+absl::Status LlamaModel::ReserveLowRank(int segment_tokens) {
+  Activations& a = *activations_;
+  if (segment_tokens <= a.low_rank_rows) return absl::OkStatus();
+  if (low_rank_matmul_speed() <= 0)
+    return absl::FailedPreconditionError("atp.linear_rank: this device has no low-rank linear layers; set 1");
+  const int64_t widest = std::max<int64_t>(
+      {config_.hidden_size, config_.intermediate_size, int64_t{config_.heads} * config_.head_dim});
+  const absl::Status allocated[] = {Reserve(&a.low_left, segment_tokens, segment_tokens),
+                                    Reserve(&a.low_right, segment_tokens, widest),
+                                    Reserve(&a.low_product, segment_tokens, widest)};
+  for (const absl::Status& s : allocated) {
+    if (!s.ok()) return s;
+  }
+  a.low_rank_rows = segment_tokens;
+  return absl::OkStatus();
+}
+
 absl::Status LlamaModel::AllocateActivations() {
   activations_ = std::make_unique<Activations>();
   Activations& a = *activations_;
   absl::Status status;
   const auto allocate = [&](Buffer* buffer, int64_t rows, int64_t cols) {
-    if (!status.ok()) return;
-    const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
-    absl::StatusOr<Buffer> memory = backend_->Allocate(bytes);
-    if (!memory.ok()) {
-      status = absl::Status(memory.status().code(),
-                            absl::StrCat("activations of ", rows, " rows: ", memory.status().message(),
-                                         "; lower the tokens per step"));
-      return;
-    }
-    *buffer = *std::move(memory);
-    activation_bytes_ += bytes;
+    if (status.ok()) status = Reserve(buffer, rows, cols);
   };
   const int64_t rows = limits_.max_batch_rows;
   const int64_t query_dim = static_cast<int64_t>(config_.heads) * config_.head_dim;
@@ -140,7 +177,7 @@ absl::Status LlamaModel::AllocateActivations() {
 }
 
 absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache) {
-  CheckBatch(batch, kv_cache, config_, limits_);
+  CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
   const LlamaConfig& c = config_;
   Activations& a = *activations_;
   const int64_t rows = batch.rows();
@@ -158,11 +195,6 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
   const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) {
     backend_->RmsNorm({x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps});
   };
-  const auto linear = [&](const float* x, const Weight& weight, const Weight& bias, float* y,
-                          bool accumulate = false) {
-    backend_->MatMul({x, weight.view, static_cast<const float*>(bias.view.data), y, rows, accumulate});
-  };
-
   compactor_.Begin(batch);
   fit_time_ = absl::ZeroDuration();
   backend_->GatherRows({weights_.embedding.view, batch.tokens, hidden});
@@ -173,9 +205,10 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
       a.sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
     }
     norm(hidden, w.attention_norm, normed, rows);
-    linear(normed, w.query, w.query_bias, query);
-    linear(normed, w.key, w.key_bias, key);
-    linear(normed, w.value, w.value_bias, value);
+    RunLinear(batch, kQueryKeyValue, normed, c.hidden_size,
+              std::array<Linear, 3>{{{&w.query, &w.query_bias, query},
+                                     {&w.key, &w.key_bias, key},
+                                     {&w.value, &w.value_bias, value}}});
     if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
       backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
     }
@@ -184,13 +217,15 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     backend_->StoreKv({key, value, a.sequences, kv_cache.pool(), c.kv_heads});
     backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
     FitPrincipalKeys(l, kv_cache);
-    linear(attended, w.output, w.output_bias, hidden, /*accumulate=*/true);
+    backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
+                      rows, /*accumulate=*/true});
 
     norm(hidden, w.mlp_norm, normed, rows);
-    linear(normed, w.gate, w.gate_bias, gate);
-    linear(normed, w.up, w.up_bias, up);
+    RunLinear(batch, kGateUp, normed, c.hidden_size,
+              std::array<Linear, 2>{{{&w.gate, &w.gate_bias, gate}, {&w.up, &w.up_bias, up}}});
     backend_->SwiGlu({gate, up, gate, rows, c.intermediate_size});
-    linear(gate, w.down, w.down_bias, hidden, /*accumulate=*/true);
+    RunLinear(batch, kDown, gate, c.intermediate_size,
+              std::array<Linear, 1>{{{&w.down, &w.down_bias, hidden, /*accumulate=*/true}}});
   }
 
   const int64_t wanted = static_cast<int64_t>(batch.logit_rows.size());
@@ -204,6 +239,38 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
   }
   if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
   return std::span<const float>(a.host_logits.data(), logits);
+}
+
+// Linear layers that read the same x [rows, in]. Rows of whole segments whose plan says so go through a
+// low-rank form of x, each segment through its own; all rows between them go together, as they are.
+void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
+                           std::span<const Linear> linears) {
+  const auto exact = [&](int64_t begin, int64_t end) {
+    for (const Linear& l : linears) {
+      if (begin == end) return;
+      const int64_t out = l.weight->view.rows;
+      backend_->MatMul({x + begin * in, l.weight->view, static_cast<const float*>(l.bias->view.data),
+                        l.y + begin * out, end - begin, l.accumulate});
+    }
+  };
+  float* const left = activations_->low_left.as<float>();
+  float* const right = activations_->low_right.as<float>();
+  float* const product = activations_->low_product.as<float>();
+  int64_t done = 0;
+  for (const BatchEntry& entry : batch.entries) {
+    if (entry.low_rank == nullptr || (entry.low_rank->linear_layers() & layers) == 0) continue;
+    exact(done, entry.first_row);
+    done = entry.first_row + entry.rows;
+    const int64_t inner = entry.low_rank->linear_rank() + 1;
+    backend_->LowRankInput({x + entry.first_row * in, left, right, entry.rows, in, inner - 1});
+    for (const Linear& l : linears) {
+      const int64_t out = l.weight->view.rows;
+      backend_->MatMul({right, l.weight->view, nullptr, product, inner, /*accumulate=*/false});
+      backend_->LowRankOutput({left, product, static_cast<const float*>(l.bias->view.data),
+                               l.y + entry.first_row * out, entry.rows, inner, out, l.accumulate});
+    }
+  }
+  exact(done, batch.rows());
 }
 
 // The segments that this step has made whole, in one layer.

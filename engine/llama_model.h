@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/batch.h"
+#include "engine/compression_plan.h"
 #include "engine/kv_cache.h"
 #include "engine/llama_config.h"
 #include "engine/llama_weights.h"
@@ -40,6 +41,12 @@ class LlamaModel {
   size_t weight_bytes() const { return weights_.bytes; }
   size_t activation_bytes() const { return activation_bytes_; }
 
+  // Takes memory for batches with low-rank segments of up to this many rows; needed before the first of them.
+  // A start-up call. ResourceExhausted names the bytes; FailedPrecondition: the backend has no such ops.
+  absl::Status ReserveLowRank(int segment_tokens);
+  // How the backend's products with this model's weights compare: Backend::LowRankMatMulSpeed().
+  double low_rank_matmul_speed() const { return backend_->LowRankMatMulSpeed(weights_.dtype); }
+
   // Runs the batch, writing its keys and values to `kv_cache`. Returns host logits [batch.logit_rows.size(),
   // vocab_size], valid until the next call. Fails only when the device does.
   absl::StatusOr<std::span<const float>> Forward(const Batch& batch, const KvCache& kv_cache);
@@ -53,6 +60,10 @@ class LlamaModel {
   struct Activations;
   LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits);
   absl::Status AllocateActivations();
+  absl::Status Reserve(Buffer* buffer, int64_t rows, int64_t cols);
+  struct Linear;
+  void RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
+                 std::span<const Linear> linears);
   void FitPrincipalKeys(int layer, const KvCache& kv_cache);
 
   LlamaConfig config_;

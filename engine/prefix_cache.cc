@@ -41,28 +41,45 @@ int32_t PrefixCache::Find(int32_t parent, std::span<const TokenId> tokens, Compr
 
 // ---- looking for a prefix ----
 
+CompressionKey PrefixCache::KeyOf(std::span<const TokenId> tokens, size_t block, const CompressionPlan* plan,
+                                  int low_rank_segments) const {
+  if (plan == nullptr) return kExactKey;
+  const size_t first = block * static_cast<size_t>(block_tokens_);
+  const auto segment = static_cast<size_t>(plan->segment_tokens());
+  if (first < static_cast<size_t>(low_rank_segments) * segment)
+    return plan->LowRankKey(tokens.subspan(first / segment * segment, segment));
+  return first < static_cast<size_t>(plan->UntouchedTokens()) ? kExactKey : plan->id();
+}
+
 PrefixMatch PrefixCache::Match(std::span<const TokenId> tokens, const CompressionPlan* plan,
-                               int fitted_segments) const {
+                               int fitted_segments, int low_rank_segments) const {
   path_.clear();
-  const size_t untouched =
-      plan != nullptr ? static_cast<size_t>(plan->UntouchedTokens() / block_tokens_) : tokens.size();
-  while (tokens.size() >= static_cast<size_t>(block_tokens_)) {
-    const CompressionKey key = path_.size() < untouched ? kExactKey : plan->id();
-    const int32_t slot = Find(path_.empty() ? -1 : path_.back(), tokens.first(block_tokens_), key);
+  size_t full = tokens.size() / static_cast<size_t>(block_tokens_);
+  if (low_rank_segments > 0) {
+    const size_t segment = static_cast<size_t>(plan->segment_tokens()), whole = tokens.size() / segment;
+    if (whole < static_cast<size_t>(low_rank_segments)) full = whole * segment / block_tokens_;
+  }
+  while (path_.size() < full) {
+    const size_t block = path_.size();
+    const int32_t slot =
+        Find(path_.empty() ? -1 : path_.back(), tokens.subspan(block * block_tokens_, block_tokens_),
+             KeyOf(tokens, block, plan, low_rank_segments));
     if (slot < 0 || (fitted_segments == 0 && nodes_[slot].group.empty())) break;
     path_.push_back(slot);
-    tokens = tokens.subspan(block_tokens_);
   }
   PrefixMatch match;
   int blocks = static_cast<int>(path_.size());
+  const int low_rank_blocks = low_rank_segments > 0 ? low_rank_segments * plan->blocks_per_segment() : 0;
+  if (blocks < low_rank_blocks) blocks -= blocks % plan->blocks_per_segment();
   if (fitted_segments == 0) {
     match.blocks = blocks;
+    path_.resize(blocks);
     for (const int32_t slot : path_) match.idle_blocks += IdleBlocks(slot);
   } else {
     const int per_segment = plan->blocks_per_segment();
     while (blocks > 0) {
       const int open = blocks % per_segment;
-      if (open != 0 && blocks / per_segment < fitted_segments) blocks -= open;
+      if (open != 0 && blocks / per_segment < std::max(fitted_segments, low_rank_segments)) blocks -= open;
       if (blocks == 0 || Resumable(blocks, *plan, fitted_segments, &match)) break;
       --blocks;
     }
@@ -131,6 +148,16 @@ void PrefixCache::Acquire(const PrefixMatch& match, std::vector<BlockGroup>* exa
 }
 
 // ---- what is known ----
+
+int PrefixCache::Known(PrefixNode parent, std::span<const TokenId> tokens, CompressionKey key) const {
+  int blocks = 0;
+  for (int32_t slot = parent.slot; tokens.size() >= static_cast<size_t>(block_tokens_); ++blocks) {
+    slot = Find(slot, tokens.first(block_tokens_), key);
+    if (slot < 0) break;
+    tokens = tokens.subspan(block_tokens_);
+  }
+  return blocks;
+}
 
 std::optional<PrefixNode> PrefixCache::Insert(PrefixNode parent, std::span<const TokenId> tokens,
                                               CompressionKey key, BlockGroup* group) {

@@ -58,9 +58,12 @@ class PrefixCache {
   // Changes nothing. The longest start of `tokens` behind which a sequence can go on that follows `plan`
   // (null: exact) and fits `fitted_segments` segments. Callers that need logits leave out the last token, so
   // that at least one is computed. Where the next segment will be fitted, that is the end of a segment,
-  // because the queries of its first tokens are not kept here.
+  // because the queries of its first tokens are not kept here. So it is where the next segment is among the
+  // first `low_rank_segments`, which are computed whole.
   PrefixMatch Match(std::span<const TokenId> tokens, const CompressionPlan* plan = nullptr,
-                    int fitted_segments = 0) const;
+                    int fitted_segments = 0, int low_rank_segments = 0) const;
+  // Changes nothing. How many blocks of `tokens`, from the first on, are known behind `parent`.
+  int Known(PrefixNode parent, std::span<const TokenId> tokens, CompressionKey key) const;
 
   // Changes the order of eviction. Appends a share of each group of `match`, first ones first. The match must
   // be of now: no change of the cache in between.
@@ -131,6 +134,8 @@ class PrefixCache {
     const int32_t slot = Find(end, {}, key);
     return slot >= 0 && !nodes_[slot].group.empty() ? slot : -1;
   }
+  CompressionKey KeyOf(std::span<const TokenId> tokens, size_t block, const CompressionPlan* plan,
+                       int low_rank_segments) const;
   // Match, once the chain of token nodes is in path_.
   bool Resumable(int blocks, const CompressionPlan& plan, int fitted_segments, PrefixMatch* match) const;
   int64_t IdleBlocks(int32_t slot) const;

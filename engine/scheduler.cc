@@ -10,14 +10,18 @@ namespace {
 
 constexpr int kNodesPerGroup = 4;  // where history is compressed
 
+// A decode step takes a row and a row of logits, so with no more sequences than these every one of them has
+// both.
+int MaxRunning(const SchedulerOptions& options) {
+  return std::max(
+      1, std::min({options.max_running_sequences, options.max_batch_tokens, options.max_logit_rows}));
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options),
-      // A decode step takes a row and a row of logits, so with no more sequences than these every one of them
-      // has both.
-      max_running_(std::max(
-          1, std::min({options.max_running_sequences, options.max_batch_tokens, options.max_logit_rows}))),
+      max_running_(MaxRunning(options)),
       allocator_(options.num_blocks),
       // A group takes a block of every head at least. With compression there are nodes without a group, too:
       // of tokens that live on as principal entries.
@@ -25,6 +29,14 @@ Scheduler::Scheduler(const SchedulerOptions& options)
                                        (static_cast<int64_t>(options.layers) * options.kv_heads) *
                                        (options.compressible ? kNodesPerGroup : 1)) {
   running_.reserve(max_running_ + 1);
+}
+
+int Scheduler::LongestSegment(const SchedulerOptions& options) {
+  return std::min(options.max_prefill_chunk_tokens, options.max_batch_tokens - MaxRunning(options) + 1);
+}
+
+int Scheduler::LongestScoredSegment(const SchedulerOptions& options) {
+  return std::min(LongestSegment(options), options.max_logit_rows - MaxRunning(options) + 1);
 }
 
 int Scheduler::MaxNewTokens(int prompt_tokens, int max_tokens) const {
@@ -58,6 +70,8 @@ absl::Status Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
       CheckFits(sequence->prompt_tokens(), sequence->max_new_tokens(), sequence->plan());
   if (!fits.ok()) return fits;
   sequence->arrival_ = ++arrivals_;
+  ABSL_ASSERT(sequence->low_rank_segments_ == 0 ||
+              sequence->plan()->segment_tokens() <= LongestSegment(options_));
   next_deadline_ = std::min(next_deadline_, sequence->request().deadline);
   const Order order = OrderOf(*sequence);
   waiting_.emplace(order, std::move(sequence));
@@ -143,6 +157,7 @@ void Scheduler::BuildBatch() {
     entry.exact_entries = s->exact_entries_ + s->planned_rows_;
     entry.first_logit = static_cast<int>(batch_.logit_rows.size());
     entry.logits = s->planned_logits_;
+    if (IsLowRank(*s, s->position_)) entry.low_rank = s->plan();
     if (FitsOpenSegment(*s)) {
       entry.plan = s->plan();
       entry.closes_segment = ClosesSegment(*s, s->planned_rows_);
@@ -172,6 +187,10 @@ bool Scheduler::PlanRows(Sequence* s) {
 }
 
 int Scheduler::ChunkRows(const Sequence& s) const {
+  if (IsLowRank(s, s.position_)) {  // a whole segment, or it waits for a step that has room for one
+    const int segment = s.plan_->segment_tokens();
+    return segment <= tokens_left_ && WantedLogits(s, segment) <= logits_left_ ? segment : 0;
+  }
   int rows = std::min(
       {s.total_tokens() - s.position_, tokens_left_, std::max(1, options_.max_prefill_chunk_tokens)});
   if (s.fitted_segments_ > 0) {  // what a row sees is the same all through a segment
@@ -240,7 +259,7 @@ bool Scheduler::TryAdmit(Waiting::iterator position) {
   }
   if (s->table_ == nullptr) {
     s->table_ = std::make_unique<BlockTable>(options_.layers, options_.kv_heads);
-    for (int head = 0; s->plan() != nullptr && head < group_blocks(); ++head)
+    for (int head = 0; s->plan() != nullptr && s->plan()->compresses() && head < group_blocks(); ++head)
       s->table_->SetPrincipalPage(head, s->plan()->Page(head));
   }
   cache_.Acquire(match, &s->groups_, &s->principal_);
@@ -284,11 +303,12 @@ PrefixMatch Scheduler::MatchPrefix(const Sequence& s) const {
   if (!options_.prefix_cache || s.scores_prompt()) return {};
   // All but the last token: at least one must be computed, for its logits.
   if (s.generated_.empty()) {
-    return cache_.Match(s.prompt().first(s.prompt_tokens() - 1), s.plan(), s.fitted_segments_);
+    return cache_.Match(s.prompt().first(s.prompt_tokens() - 1), s.plan(), s.fitted_segments_,
+                        s.low_rank_segments_);
   }
   tokens_scratch_.assign(s.prompt().begin(), s.prompt().end());
   tokens_scratch_.insert(tokens_scratch_.end(), s.generated_.begin(), s.generated_.end() - 1);
-  return cache_.Match(tokens_scratch_, s.plan(), s.fitted_segments_);
+  return cache_.Match(tokens_scratch_, s.plan(), s.fitted_segments_, s.low_rank_segments_);
 }
 
 // How many blocks are lacking to admit `s`, counting what the running ones will still take for their prompts

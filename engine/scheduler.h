@@ -93,6 +93,11 @@ class Scheduler {
 
   bool empty() const { return running_.empty() && waiting_.empty(); }
   SchedulerStats stats() const;
+  // The longest segment that the first in the order of service gets whole in every step, whoever decodes:
+  // plans whose linear layers take low-rank inputs must have none that are longer. And where all its rows
+  // want logits.
+  static int LongestSegment(const SchedulerOptions& options);
+  static int LongestScoredSegment(const SchedulerOptions& options);
   int max_running_sequences() const { return max_running_; }
 
   // Whether every block and every count is where it belongs. For tests; slow.
@@ -127,12 +132,14 @@ class Scheduler {
   int64_t BlocksStillWanted(const Sequence& running) const;
 
   // Compression.
+  bool IsLowRank(const Sequence& s, int position) const;
   bool FitsOpenSegment(const Sequence& s) const;
   bool ClosesSegment(const Sequence& s, int rows) const;
   void AdvanceWindow(Sequence* s);
   int64_t PeakBlocks(const CompressionPlan* plan, int fitted_segments, int from, int to) const;
 
   void IndexFullBlocks(Sequence* s);
+  std::optional<CompressionKey> KeyOfBlock(const Sequence& s, int block) const;
   void RebuildTable(Sequence* s);
   absl::Status CheckCompression(const Sequence& s) const;
   void ReleaseBlocks(Sequence* s);

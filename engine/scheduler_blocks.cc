@@ -61,6 +61,10 @@ int64_t Scheduler::PeakBlocks(const CompressionPlan* plan, int fitted_segments, 
   return static_cast<int64_t>(Groups(to)) * group_blocks();
 }
 
+bool Scheduler::IsLowRank(const Sequence& s, int position) const {
+  return s.low_rank_segments_ > 0 && position < s.low_rank_segments_ * s.plan_->segment_tokens();
+}
+
 // Whether the tokens that `s` computes next belong to a segment that it will see compressed.
 bool Scheduler::FitsOpenSegment(const Sequence& s) const { return s.closed_segments_ < s.fitted_segments_; }
 
@@ -100,6 +104,23 @@ void Scheduler::AdvanceWindow(Sequence* s) {
 
 // ---- the prefix cache ----
 
+// What a block that `s` has computed depends on besides its tokens and those before. None: it is better not
+// indexed, because a part of such a segment is known already: perhaps of another one with the same hash.
+std::optional<CompressionKey> Scheduler::KeyOfBlock(const Sequence& s, int block) const {
+  const int first = block * options_.block_tokens;
+  if (!IsLowRank(s, first)) {
+    const bool exact = s.fitted_segments_ == 0 || first < s.plan_->UntouchedTokens();
+    return exact ? kExactKey : s.plan_->id();
+  }
+  const int segment = s.plan_->segment_tokens();
+  const std::span<const TokenId> tokens = s.prompt().subspan(first / segment * segment, segment);
+  const CompressionKey key = s.plan_->LowRankKey(tokens);
+  if (first % segment != 0) return key;
+  const int known = cache_.Known(s.cache_node_, tokens, key);
+  if (known > 0 && known < s.plan_->blocks_per_segment()) return std::nullopt;
+  return key;
+}
+
 void Scheduler::IndexFullBlocks(Sequence* s) {
   const CompressionPlan* plan = s->fitted_segments_ > 0 ? s->plan() : nullptr;
   const int per_segment = plan != nullptr ? plan->blocks_per_segment() : 0;
@@ -111,13 +132,14 @@ void Scheduler::IndexFullBlocks(Sequence* s) {
   };
   while (s->indexing_ && s->indexed_blocks_ < full) {
     const int first = s->indexed_blocks_ * options_.block_tokens;
-    const bool untouched = plan == nullptr || first < plan->UntouchedTokens();
+    const std::optional<CompressionKey> key = KeyOfBlock(*s, s->indexed_blocks_);
+    s->indexing_ = key.has_value();
+    if (!key) break;
     tokens_scratch_.clear();
     for (int i = 0; i < options_.block_tokens; ++i) tokens_scratch_.push_back(s->token(first + i));
     BlockGroup& group = s->groups_[s->indexed_blocks_ - s->visible_segments_ * per_segment];
     const BlockId before = group.ids().front();
-    const std::optional<PrefixNode> node =
-        cache_.Insert(s->cache_node_, tokens_scratch_, untouched ? kExactKey : plan->id(), &group);
+    const std::optional<PrefixNode> node = cache_.Insert(s->cache_node_, tokens_scratch_, *key, &group);
     keep(node, group, before);
     if (!node) break;
     s->cache_node_ = *node;

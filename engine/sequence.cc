@@ -14,7 +14,9 @@ Sequence::Sequence(RequestId id, std::shared_ptr<const Request> request, int ind
       plan_(std::move(plan)),
       // The last token of an answer is sampled and never computed.
       fitted_segments_(
-          plan_ != nullptr ? plan_->FittedSegments(max_total_tokens() - (max_new_tokens > 0 ? 1 : 0)) : 0) {}
+          plan_ != nullptr ? plan_->FittedSegments(max_total_tokens() - (max_new_tokens > 0 ? 1 : 0)) : 0) {
+  SetLowRankTokens(scores_prompt() ? 0 : prompt_tokens() - 1);
+}
 
 Sequence::~Sequence() = default;
 

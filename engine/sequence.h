@@ -44,6 +44,14 @@ class Sequence {
   // Segments that will be compressed, because a token that may be computed sees them so; 0: it is exact, plan
   // or not, and nothing is spent on compression.
   int fitted_segments() const { return fitted_segments_; }
+  // Segments at the start of its prompt whose linear layers take low-rank inputs: each is computed whole, in
+  // one step, or found whole. Never among them: what is generated, the prompt's last token, whose logits
+  // begin the answer, and a prompt that is scored, since a low-rank row has seen the rows behind it.
+  int low_rank_segments() const { return low_rank_segments_; }
+  // For eval, before it is admitted: whole segments of the first `tokens` tokens, scored or not.
+  void SetLowRankTokens(int tokens) {
+    low_rank_segments_ = plan_ != nullptr ? plan_->LowRankSegments(tokens) : 0;
+  }
   // Whether log probabilities of the prompt are wanted: then every row of it needs logits.
   bool scores_prompt() const { return request_->echo_prompt && request_->sampling.logprobs.has_value(); }
 
@@ -95,6 +103,7 @@ class Sequence {
   std::unique_ptr<AnswerStream> stream_;
   std::shared_ptr<const CompressionPlan> plan_;
   int fitted_segments_;
+  int low_rank_segments_ = 0;
   std::vector<TokenId> generated_;
 
   SequenceState state_ = SequenceState::kWaiting;

@@ -59,6 +59,12 @@ class Backend {
   virtual void StoreQueries(const StoreQueriesArgs& args) = 0;
   virtual void FitPrincipalKeys(const FitPrincipalKeysArgs& args) = 0;
 
+  // Linear layers with low-rank inputs, for backends that have both ops: how fast MatMul is with such weights
+  // as a multiple of fp32 ones, at many rows. 0: this backend has not.
+  virtual double LowRankMatMulSpeed(DType /*weight*/) const { return 0; }
+  virtual void LowRankInput(const LowRankInputArgs& /*args*/) {}
+  virtual void LowRankOutput(const LowRankOutputArgs& /*args*/) {}
+
   virtual absl::Status Synchronize() = 0;
 };
 

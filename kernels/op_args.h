@@ -160,6 +160,33 @@ struct FitPrincipalKeysArgs {
   int group = 1;                             // query heads per kv head
 };
 
+// x ≈ left · right, of rank `rank` + 1: x's rows less their mean by a randomised SVD with one power iteration
+// (Halko, Martinsson, Tropp 2011), and the mean. With X' = x - mean:
+//   Q = orth(X' X'ᵀ orth(X' Ω))        Ω [dim, rank]: LowRankTestMatrix()
+//   left = (Q 1), right = (QᵀX' ; mean)
+// A pure function of x; columns of Q that would be rounding only are zero.
+struct LowRankInputArgs {
+  const float* x = nullptr;  // [rows, dim]
+  float* left = nullptr;     // [rows, rank + 1]
+  float* right = nullptr;    // [rank + 1, dim]
+  int64_t rows = 0;
+  int64_t dim = 0;
+  int64_t rank = 0;  // 1 to rows - 1
+};
+
+// y = left · product + bias, or y += that: what a linear layer makes of x, `product` being what it makes of
+// `right` without bias.
+struct LowRankOutputArgs {
+  const float* left = nullptr;     // [rows, inner]
+  const float* product = nullptr;  // [inner, out]
+  const float* bias = nullptr;     // [out] or null
+  float* y = nullptr;              // [rows, out]
+  int64_t rows = 0;
+  int64_t inner = 0;
+  int64_t out = 0;
+  bool accumulate = false;
+};
+
 }  // namespace atp
 
 #endif  // ATP_KERNELS_OP_ARGS_H_

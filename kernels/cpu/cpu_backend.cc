@@ -15,6 +15,7 @@
 #include "kernels/cpu/principal_fit.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/host_memory.h"
+#include "kernels/low_rank.h"
 #include "kernels/principal_segment.h"
 #include "kernels/quantized.h"
 
@@ -28,6 +29,9 @@ constexpr int64_t kPartsPerThread = 4;
 
 // A part's x fits a core's second-level cache, and unpacking weights is lost among so many rows.
 constexpr int64_t kMatMulRowsPerPart = 192;
+
+// Products with many rows, as a multiple of the speed of fp32 ones.
+constexpr double kVnniSpeed = 3.3, kBF16Speed = 2.5;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -95,8 +99,10 @@ class CpuBackend final : public Backend {
         attention_(AttentionFor(isa.target)),
         merge_attention_(MergeAttentionFor(isa.target)),
         fit_principal_(PrincipalFitFor(isa.target)),
+        low_rank_(LowRankLoopsFor(isa.target)),
         segments_(threads) {
     for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulScratchBytes / sizeof(float));
+    int8_matmul_speed_ = isa.dot8 ? kVnniSpeed : 1;
     bf16_matmul_ = activation_dtype == DType::kBF16 ? BF16MatMulFor(isa) : MatMulKernel{};
     if (bf16_matmul_.multiply == nullptr) bf16_matmul_ = float_matmul_;
   }
@@ -204,6 +210,40 @@ class CpuBackend final : public Backend {
     for (const QuerySampleRow& row : args.rows) StoreQuerySample(args, row);
   }
 
+  double LowRankMatMulSpeed(DType weight) const override {
+    // Measured: docs/principal_keys.md, low-rank linear layers.
+    if (IsQuantized(weight)) return int8_matmul_speed_;
+    const bool bf16 = weight == DType::kBF16 && bf16_matmul_.multiply != float_matmul_.multiply;
+    return bf16 ? kBF16Speed : 1;
+  }
+
+  void LowRankInput(const LowRankInputArgs& args) override {
+    const int64_t n = args.rows, r = args.rank, d = args.dim;
+    float* const centred = low_rank_room_.Reserve(static_cast<size_t>(n * d + r * n));
+    float* const basis = centred + n * d;
+    constexpr int64_t kColumns = 512;
+    pool_.ParallelFor(CeilDiv(d, kColumns), [&](int64_t part, int) {
+      low_rank_.centre(args, part * kColumns, std::min(d, (part + 1) * kColumns), centred);
+    });
+    for (size_t i = test_matrix_.size(); i < static_cast<size_t>(r * d); ++i)
+      test_matrix_.push_back(LowRankTestMatrix(static_cast<int64_t>(i)));
+    MultiplyActivations({test_matrix_.data(), r, d}, centred, /*transposed=*/false, n, nullptr, basis, false);
+    low_rank_.orthonormalize(basis, r, n);
+    MultiplyActivations({basis, r, n}, centred, /*transposed=*/true, d, nullptr, args.right, false);
+    MultiplyActivations({args.right, r, d}, centred, /*transposed=*/false, n, nullptr, basis, false);
+    low_rank_.orthonormalize(basis, r, n);
+    MultiplyActivations({basis, r, n}, centred, /*transposed=*/true, d, nullptr, args.right, false);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < r; ++j) args.left[i * (r + 1) + j] = basis[j * n + i];
+      args.left[i * (r + 1) + r] = 1;
+    }
+  }
+
+  void LowRankOutput(const LowRankOutputArgs& args) override {
+    MultiplyActivations({args.left, args.rows, args.inner}, args.product, /*transposed=*/true, args.out,
+                        args.bias, args.y, args.accumulate);
+  }
+
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
     // Long fits first, so that no thread is left alone with one.
     const auto cost = [&](int32_t i) {
@@ -226,6 +266,34 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  struct Rows {
+    const float* data;
+    int64_t rows, cols;
+  };
+
+  // y = x·Mᵀ + bias by MatMul, for an M of activations: [outs, cols], or its transpose.
+  void MultiplyActivations(const Rows& x, const float* m, bool transposed, int64_t outs, const float* bias,
+                           float* y, bool accumulate) {
+    const PanelLayout layout(DType::kF32, x.cols);
+    const int64_t panels = PanelCount(outs);
+    const size_t floats = layout.bytes / sizeof(float);
+    float* const memory = activation_panels_.Reserve(static_cast<size_t>(panels) * floats);
+    pool_.ParallelFor(panels, [&](int64_t panel, int) {
+      float* const to = memory + static_cast<size_t>(panel) * floats;
+      const int64_t first = panel * kPanelOuts, count = std::clamp<int64_t>(outs - first, 0, kPanelOuts);
+      if (count < kPanelOuts) std::fill_n(to, floats, 0.0f);
+      if (count == 0) return;
+      if (!transposed) {
+        const auto* from = reinterpret_cast<const std::byte*>(m + first * x.cols);
+        return PackPanel(layout, from, static_cast<size_t>(x.cols) * sizeof(float), static_cast<int>(count),
+                         reinterpret_cast<std::byte*>(to));
+      }
+      for (int64_t k = 0; k < x.cols; ++k) std::copy_n(m + k * outs + first, count, to + k * kPanelOuts);
+    });
+    const TensorView weight{memory, DType::kF32, outs, x.cols, /*packed=*/true};
+    MatMul({x.data, weight, bias, y, x.rows, accumulate});
+  }
+
   // Long parts first, so that a head with many entries is not the last to begin. Parts that would leave
   // threads idle are cut into their chunks.
   void CutAttention(const AttentionArgs& args) {
@@ -343,6 +411,7 @@ class CpuBackend final : public Backend {
   const MatMulKernel float_matmul_;
   const MatMulKernel int8_matmul_;
   MatMulKernel bf16_matmul_;
+  double int8_matmul_speed_;
   Scratch row_words_, row_block_words_;  // x of the product in progress
   const RmsNormFn rms_norm_;
   const GatherRowsFn gather_rows_;
@@ -352,6 +421,9 @@ class CpuBackend final : public Backend {
   const AttentionFn attention_;
   const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
+  const LowRankLoops low_rank_;
+  Scratch low_rank_room_, activation_panels_;
+  std::vector<float> test_matrix_;          // as much of it as was needed; the same for all
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
   std::vector<AttentionPart> attention_parts_, attention_merges_;

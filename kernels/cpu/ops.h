@@ -42,7 +42,7 @@ struct MatMulPart {
 inline constexpr size_t kMatMulScratchBytes = 48 << 10;
 struct MatMulKernel {
   RowForm form = RowForm::kF32;
-  int tile_rows = 1;  // at most
+  int tile_rows = 1;    // at most
   int words_per_4 = 4;  // words that four elements of x take
   // Tiles [begin, end).
   void (*pack_rows)(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) = nullptr;
@@ -96,6 +96,16 @@ AttentionFn AttentionFor(int64_t target);
 // `partial`.
 using MergeAttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
 MergeAttentionFn MergeAttentionFor(int64_t target);
+
+// low_rank.cc: the parts of LowRankInput that are no matrix products.
+struct LowRankLoops {
+  // Columns [begin, end): their means, in the last row of args.right, and x less these in centred [rows,
+  // dim].
+  void (*centre)(const LowRankInputArgs& args, int64_t begin, int64_t end, float* centred) = nullptr;
+  // columns: [count, size]. Each becomes orthogonal to those before, of length 1 or 0 where nothing is left.
+  void (*orthonormalize)(float* columns, int64_t count, int64_t size) = nullptr;
+};
+LowRankLoops LowRankLoopsFor(int64_t target);
 
 }  // namespace atp::cpu
 

@@ -8,6 +8,7 @@
 #include "kernels/host_memory.h"
 #include "kernels/principal_segment.h"
 #include "kernels/quantized.h"
+#include "kernels/reference/low_rank.h"
 #include "kernels/reference/principal_fit.h"
 
 namespace atp {
@@ -186,6 +187,10 @@ class ReferenceBackend final : public Backend {
   void StoreQueries(const StoreQueriesArgs& args) override {
     for (const QuerySampleRow& row : args.rows) StoreQuerySample(args, row);
   }
+
+  double LowRankMatMulSpeed(DType) const override { return 1; }
+  void LowRankInput(const LowRankInputArgs& args) override { ReferenceLowRankInput(args); }
+  void LowRankOutput(const LowRankOutputArgs& args) override { ReferenceLowRankOutput(args); }
 
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
     PrincipalSegment segment;

@@ -49,6 +49,9 @@ class FailingBackend : public Backend {
   void Attention(const AttentionArgs& args) override { backend_->Attention(args); }
   void StoreQueries(const StoreQueriesArgs& args) override { backend_->StoreQueries(args); }
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override { backend_->FitPrincipalKeys(args); }
+  double LowRankMatMulSpeed(DType weight) const override { return backend_->LowRankMatMulSpeed(weight); }
+  void LowRankInput(const LowRankInputArgs& args) override { backend_->LowRankInput(args); }
+  void LowRankOutput(const LowRankOutputArgs& args) override { backend_->LowRankOutput(args); }
   absl::Status Synchronize() override {
     if (broken) return absl::InternalError("the device fell off the bus");
     return backend_->Synchronize();

@@ -97,6 +97,11 @@ class Simulation {
     settings.segment_tokens = options_.block_tokens * (1 + Below(4));
     settings.window_tokens = options_.block_tokens * Below(4);
     settings.sink_tokens = Below(2);
+    if (Below(2) == 0 && settings.segment_tokens > 1 &&
+        settings.segment_tokens <= Scheduler::LongestSegment(options_)) {
+      settings.linear_rank = 0.5;
+      settings.linear_layers = kGateUp;
+    }
     if (Below(2) == 0) settings.max_principal_keys = 1 + Below(2 * settings.segment_tokens);
     for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
       settings.head_ratio.push_back((1 + Below(8)) / 8.0);
