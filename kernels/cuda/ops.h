@@ -10,6 +10,9 @@
 
 namespace atp::cuda {
 
+// Larger heads than any model has; kernels keep rows of a head in registers and shared memory.
+inline constexpr int kMaxHeadDim = 256;
+
 struct OpContext {
   cudaStream_t stream = nullptr;
   int multiprocessors = 0;
