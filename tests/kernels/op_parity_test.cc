@@ -1,5 +1,5 @@
-// Every op in every instruction set against the reference backend, over ragged shapes and fresh random
-// inputs.
+// Every op on every backend (test_backends.h) against the reference backend, over ragged shapes and fresh
+// random inputs.
 //
 // Tolerances are error bounds, not tuned numbers. u = 2^-24 is the unit roundoff of fp32; the standard model
 // says that each operation is exact times (1 + e), |e| <= u. A sum of n products in any order, fused or not,
@@ -15,14 +15,15 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "kernels/backend_factory.h"
 #include "kernels/reference/reference_backend.h"
 #include "tests/kernels/op_problems.h"
+#include "tests/kernels/test_backends.h"
 
 namespace atp {
 namespace {
 
 constexpr double kUnit = 0x1p-24;
+constexpr double kBF16Unit = 0x1p-8;
 // Highway's Exp states 1 ulp, which is at most 2u; without fused multiply-add its polynomial loses as much
 // again.
 constexpr double kExpError = 4 * kUnit;
@@ -36,10 +37,21 @@ void ExpectNear(float actual, float expected, double tolerance, const std::strin
 
 class OpParity : public ::testing::TestWithParam<std::string> {
  protected:
-  OpParity() : random_(TestSeed()), cpu_(CpuBackend(GetParam(), 3)), reference_(MakeReferenceBackend()) {}
+  OpParity()
+      : random_(TestSeed()),
+        actual_(TestBackend(GetParam(), 3, &missing_)),
+        reference_(MakeReferenceBackend()) {}
+
+  void SetUp() override {
+    if (actual_ == nullptr) GTEST_SKIP() << missing_;
+  }
 
   Random random_;
-  std::unique_ptr<Backend> cpu_;
+  // Tensor cores multiply bf16 by bf16: there, x is rounded first.
+  double XUnit(DType dtype) const { return IsCuda(GetParam()) && dtype == DType::kBF16 ? kBF16Unit : 0; }
+
+  std::string missing_;
+  std::unique_ptr<Backend> actual_;
   std::unique_ptr<Backend> reference_;
 };
 
@@ -52,7 +64,7 @@ TEST_P(OpParity, GatherRows) {
         for (int32_t& index : indices) index = UniformInt(random_, 0, 22);
         std::vector<float> actual = Poison(rows * dim);
         std::vector<float> expected = Poison(rows * dim);
-        cpu_->GatherRows({table.view, indices, actual.data()});
+        actual_->GatherRows({table.view, indices, actual.data()});
         reference_->GatherRows({table.view, indices, expected.data()});
         EXPECT_EQ(actual, expected) << Name(dtype) << " dim " << dim << " rows " << rows;
       }
@@ -60,8 +72,8 @@ TEST_P(OpParity, GatherRows) {
   }
 }
 
-void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, int64_t rows, int64_t in,
-                 int64_t out) {
+void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dtype, int64_t rows, int64_t in,
+                 int64_t out, double x_unit) {
   const Matrix weight = RandomMatrix(random, dtype, out, in);
   const std::vector<float> x = Normals(random, rows * in);
   const std::vector<float> bias = Normals(random, out);
@@ -72,7 +84,7 @@ void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, 
       std::vector<float> expected = actual;
       MatMulArgs args{x.data(),      weight.view, with_bias ? bias.data() : nullptr,
                       actual.data(), rows,        accumulate};
-      cpu.MatMul(args);
+      backend.MatMul(args);
       args.y = expected.data();
       reference.MatMul(args);
       for (int64_t r = 0; r < rows; ++r) {
@@ -81,8 +93,8 @@ void CheckMatMul(Random& random, Backend& cpu, Backend& reference, DType dtype, 
               (with_bias ? std::abs(bias[o]) : 0.0) + (accumulate ? std::abs(before[r * out + o]) : 0.0);
           for (int64_t k = 0; k < in; ++k)
             norm += std::abs(static_cast<double>(x[r * in + k]) * weight.At(o, k));
-          // in products, bias, residual, and the reference's rounding.
-          const double tolerance = (static_cast<double>(in) + 3) * kUnit * norm;
+          // in products, bias, residual, and the reference's rounding; and x as it is multiplied.
+          const double tolerance = ((static_cast<double>(in) + 3) * kUnit + x_unit) * norm;
           ExpectNear(actual[r * out + o], expected[r * out + o], tolerance,
                      std::string(Name(dtype)) + " rows " + std::to_string(rows) + " in " +
                          std::to_string(in) + " out " + std::to_string(out) + " at " + std::to_string(r) +
@@ -99,7 +111,7 @@ TEST_P(OpParity, MatMulSmallShapes) {
     for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17}) {
       for (const int64_t in : {1, 15, 16, 17, 64, 172}) {
         for (const int64_t out : {1, 5, 6, 13, 50}) {
-          CheckMatMul(random_, *cpu_, *reference_, dtype, rows, in, out);
+          CheckMatMul(random_, *actual_, *reference_, dtype, rows, in, out, XUnit(dtype));
           ASSERT_FALSE(HasFailure());
         }
       }
@@ -109,10 +121,23 @@ TEST_P(OpParity, MatMulSmallShapes) {
 
 TEST_P(OpParity, MatMulLargeShapes) {
   for (const DType dtype : kDTypes) {
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 3, 2500, 97);   // three depth slices, streamed
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 19, 1030, 61);  // two depth slices, packed
-    CheckMatMul(random_, *cpu_, *reference_, dtype, 131, 33, 67);   // two row blocks
+    CheckMatMul(random_, *actual_, *reference_, dtype, 3, 2500, 97,
+                XUnit(dtype));  // three depth slices, streamed
+    CheckMatMul(random_, *actual_, *reference_, dtype, 19, 1030, 61,
+                XUnit(dtype));  // two depth slices, packed
+    CheckMatMul(random_, *actual_, *reference_, dtype, 131, 33, 67, XUnit(dtype));  // two row blocks
   }
+}
+
+TEST_P(OpParity, MatMulOfWholeVectors) {
+  // Rows of 16-byte vectors, as models have them: every kernel of the tensor cores, and depths over one slice,
+  // one round of slices and, ragged, over several.
+  for (const int64_t rows : {1, 9, 17, 33, 70}) {
+    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, rows, 72, 97, XUnit(DType::kBF16));
+    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, rows, 1160, 33, XUnit(DType::kBF16));
+  }
+  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, 3, 8 * 512 + 40, 17, XUnit(DType::kBF16));
+  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, 300, 136, 130, XUnit(DType::kBF16));
 }
 
 TEST_P(OpParity, RmsNorm) {
@@ -123,7 +148,8 @@ TEST_P(OpParity, RmsNorm) {
       for (const bool in_place : {false, true}) {
         std::vector<float> actual = in_place ? x : Poison(rows * dim);
         std::vector<float> expected = Poison(rows * dim);
-        cpu_->RmsNorm({in_place ? actual.data() : x.data(), weight.data(), actual.data(), rows, dim, 1e-5f});
+        actual_->RmsNorm(
+            {in_place ? actual.data() : x.data(), weight.data(), actual.data(), rows, dim, 1e-5f});
         reference_->RmsNorm({x.data(), weight.data(), expected.data(), rows, dim, 1e-5f});
         // The sum of squares has no cancellation: relative error dim·u; mean and eps add 2, the root halves
         // it; then root, reciprocal, two products and the reference's rounding.
@@ -147,7 +173,7 @@ TEST_P(OpParity, Rope) {
         for (int i = 0; i < head_dim / 2; ++i) frequency[i] = std::pow(10000.0f, -2.0f * i / head_dim);
         std::vector<float> actual = x;
         std::vector<float> expected = x;
-        cpu_->Rope({actual.data(), positions, frequency.data(), heads, head_dim});
+        actual_->Rope({actual.data(), positions, frequency.data(), heads, head_dim});
         reference_->Rope({expected.data(), positions, frequency.data(), heads, head_dim});
         const int half = head_dim / 2;
         for (size_t i = 0; i < x.size(); ++i) {
@@ -170,7 +196,7 @@ TEST_P(OpParity, RopeAnglesFollowTheirInputs) {
     if (change == 2) frequency[1] = 0.25f;
     std::vector<float> actual(12, 1.0f);
     std::vector<float> expected(12, 1.0f);
-    cpu_->Rope({actual.data(), positions, frequency.data(), 1, 4});
+    actual_->Rope({actual.data(), positions, frequency.data(), 1, 4});
     reference_->Rope({expected.data(), positions, frequency.data(), 1, 4});
     for (int i = 0; i < 12; ++i)
       ExpectNear(actual[i], expected[i], 8 * kUnit, "change " + std::to_string(change));
@@ -187,7 +213,7 @@ TEST_P(OpParity, SwiGlu) {
       for (const bool in_place : {false, true}) {
         std::vector<float> actual = in_place ? gate : Poison(rows * dim);
         std::vector<float> expected = Poison(rows * dim);
-        cpu_->SwiGlu({in_place ? actual.data() : gate.data(), up.data(), actual.data(), rows, dim});
+        actual_->SwiGlu({in_place ? actual.data() : gate.data(), up.data(), actual.data(), rows, dim});
         reference_->SwiGlu({gate.data(), up.data(), expected.data(), rows, dim});
         for (int64_t i = 0; i < rows * dim; ++i) {
           // Exp, sum, quotient, product, the reference's rounding. Below -88 the result is that of e^88,
@@ -225,7 +251,7 @@ TEST_P(OpParity, StoreKv) {
     const std::vector<float> value = Normals(random_, floats);
     const StoreKvArgs args{key.data(), value.data(), problem.sequences(), problem.pool(), shape.kv_heads};
     const std::vector<std::byte> before = problem.bytes();
-    cpu_->StoreKv(args);
+    actual_->StoreKv(args);
     const std::vector<std::byte> actual = problem.bytes();
     problem.bytes() = before;
     reference_->StoreKv(args);
@@ -282,7 +308,7 @@ double AttentionTolerance(const Norms& norms, int head_dim, int i) {
   return (2 * (weight + norms.entries * kUnit) + 2 * kUnit) * norms.value[i];
 }
 
-void CheckAttention(Random& random, Backend& cpu, Backend& reference, CacheProblem& problem, int group) {
+void CheckAttention(Random& random, Backend& backend, Backend& reference, CacheProblem& problem, int group) {
   const CacheShape& shape = problem.shape();
   const int heads = shape.kv_heads * group;
   const size_t floats = static_cast<size_t>(problem.rows()) * heads * shape.head_dim;
@@ -293,7 +319,7 @@ void CheckAttention(Random& random, Backend& cpu, Backend& reference, CacheProbl
   const KvPool pool = problem.pool();
   const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
   AttentionArgs args{query.data(), actual.data(), problem.sequences(), pool, heads, shape.kv_heads, scale};
-  cpu.Attention(args);
+  backend.Attention(args);
   args.out = expected.data();
   reference.Attention(args);
   for (const KvSequence& sequence : problem.sequences()) {
@@ -319,7 +345,7 @@ TEST_P(OpParity, AttentionOverShapes) {
       // principals.
       CacheProblem problem(
           random_, shape, {{1, 1, 0}, {17, 17, 0}, {5, 30, 40}, {1, 32, 17}, {1, 33, 70}, {40, 45, 1}}, true);
-      CheckAttention(random_, *cpu_, *reference_, problem, group);
+      CheckAttention(random_, *actual_, *reference_, problem, group);
       ASSERT_FALSE(HasFailure());
     }
   }
@@ -329,7 +355,7 @@ TEST_P(OpParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
     for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
-      CheckAttention(random_, *cpu_, *reference_, problem, group);
+      CheckAttention(random_, *actual_, *reference_, problem, group);
       ASSERT_FALSE(HasFailure());
     }
   }
@@ -337,10 +363,11 @@ TEST_P(OpParity, AttentionOverGroups) {
 
 TEST_P(OpParity, AttentionWithMoreHeadsThanAPartHolds) {
   CacheProblem problem(random_, {KvFormat::kF32, 8, 1, 16, 16}, {{3, 20, 5}}, true);
-  CheckAttention(random_, *cpu_, *reference_, problem, 40);
+  CheckAttention(random_, *actual_, *reference_, problem, 40);
 }
 
-INSTANTIATE_TEST_SUITE_P(EveryIsa, OpParity, ::testing::ValuesIn(CpuIsaNames()));
+INSTANTIATE_TEST_SUITE_P(EveryBackend, OpParity, ::testing::ValuesIn(TestBackendNames()),
+                         [](const auto& name) { return name.param; });
 
 }  // namespace
 }  // namespace atp
