@@ -17,7 +17,7 @@ namespace atp::cuda {
 namespace {
 
 constexpr int kQueries = 8;  // of a block of queries: the columns of one product
-constexpr int kThreads = kChunkUnits * kWarpSize;
+constexpr int kThreads = kAttentionThreads;
 // A sequence with at least this many packed queries (rows x group) in a step goes the second way.
 constexpr int kManyQueries = 8 * kQueries;
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ int64_t QueryOffset(const Shape& shape, const Sequenc
 // Operand b of the scores: lane 4 g + t holds query g of each block, dimensions 16 s + 4 i + t.
 template <int kBlocks, int kTerms>
 __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTable& sequence, int kv_head,
-                                            int first, int lane, QueryFragments<kBlocks, kTerms>& query) {
+                                            int first, int lane, const QueryFragments<kBlocks, kTerms>& query) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -99,8 +99,8 @@ __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTa
       }
 #pragma unroll
       for (int term = 0; term < kTerms; ++term) {
-        query.b[b][term][step][0] = PackBF16(Term<kTerms>(x[0], term), Term<kTerms>(x[1], term));
-        query.b[b][term][step][1] = PackBF16(Term<kTerms>(x[2], term), Term<kTerms>(x[3], term));
+        query.Store(b, term, step, PackBF16(Term<kTerms>(x[0], term), Term<kTerms>(x[1], term)),
+                    PackBF16(Term<kTerms>(x[2], term), Term<kTerms>(x[3], term)));
       }
     }
   }
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, IsInteger(kFormat) ? 3 : 2)
   Shared<float> sums = arena.Take<float>(kChunkUnits * kQueries * head_dim);
   Shared<float> moments = arena.Take<float>(kChunkUnits * kQueries * 2);
   {
-    QueryFragments<1, kTermsOf<kFormat>> query;
+    const QueryFragments<1, kTermsOf<kFormat>> query(
+        arena.Take<uint32_t>(QueryFragments<1, kTermsOf<kFormat>>::kWords));
     LoadQueries(shape, sequence, tile.kv_head, first, lane, query);
     const EntryRange range =
         RangeOf(tables, shape, head, principal, LastVisible(sequence, shape.group, first + kQueries));
@@ -281,9 +282,10 @@ class FoldedState {
 template <KvFormat kFormat, int kBlocks, int kHeadDim>
 __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape& shape,
                                            const SequenceTable& sequence, int kv_head, int first, int lane,
-                                           FoldedState<kBlocks>& chunk, FoldedState<kBlocks>& whole) {
+                                           const Shared<uint32_t>& query_memory, FoldedState<kBlocks>& chunk,
+                                           FoldedState<kBlocks>& whole) {
   const int head_dim = kHeadDim > 0 ? kHeadDim : shape.head_dim;
-  QueryFragments<kBlocks, kTermsOf<kFormat>> query;
+  const QueryFragments<kBlocks, kTermsOf<kFormat>> query(query_memory);
   LoadQueries(shape, sequence, kv_head, first, lane, query);
   int visible[kBlocks][2];
 #pragma unroll
@@ -308,6 +310,10 @@ inline constexpr int kManyBlocks = kWide ? 1 : 2;
 template <bool kWide>
 inline constexpr int kTileQueries = kChunkUnits * kManyBlocks<kWide> * kQueries;
 
+__host__ __device__ constexpr int ManyQueryWords(bool wide) {
+  return wide ? QueryFragments<kManyBlocks<true>, 3>::kWords : QueryFragments<kManyBlocks<false>, 1>::kWords;
+}
+
 template <bool kWide, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
     AttendMany(const KvTables tables, const Shape shape, const Tile* tiles) {
@@ -320,13 +326,14 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
   SharedArena arena;
   FoldedState<kBlocks> chunk(arena.Take<float>(kThreads * FoldedState<kBlocks>::kFloats));
   FoldedState<kBlocks> whole(arena.Take<float>(kThreads * FoldedState<kBlocks>::kFloats));
+  const Shared<uint32_t> query_memory = arena.Take<uint32_t>(ManyQueryWords(kWide));
   if (first >= sequence.rows * shape.group) return;  // no barrier follows
   const int last = LastVisible(sequence, shape.group, first + kBlocks * kQueries);
 #pragma unroll 1
   for (int part = 0; part < 2; ++part) {
     const EntryRange range = RangeOf(tables, shape, head, part == 0, last);
     const auto attend = [&](auto part_function) {
-      part_function(range, shape, sequence, tile.kv_head, first, lane, chunk, whole);
+      part_function(range, shape, sequence, tile.kv_head, first, lane, query_memory, chunk, whole);
     };
     if (range.end <= 0) continue;
     if constexpr (kWide) {
@@ -420,7 +427,8 @@ cudaError_t LaunchChunks(const OpContext& context, const KvTables& tables, const
   constexpr int kCommon = kFormat == KvFormat::kF32 ? 0 : 128;
   const auto kernel = shape.head_dim == 128 ? AttendChunks<kFormat, kCommon> : AttendChunks<kFormat, 0>;
   const size_t shared = SharedBytes<float>(kChunkUnits * kQueries * shape.head_dim) +
-                        SharedBytes<float>(kChunkUnits * kQueries * 2);
+                        SharedBytes<float>(kChunkUnits * kQueries * 2) +
+                        SharedBytes<uint32_t>(QueryFragments<1, kTermsOf<kFormat>>::kWords);
   return Launch("AttendChunks", kernel, dim3(static_cast<unsigned>(work.size())), dim3(kThreads), shared,
                 context.stream, tables, shape, tiles, items, principal, partials);
 }
@@ -470,7 +478,7 @@ cudaError_t AttendMany(const OpContext& context, const KvTables& tables, const S
   const int floats = kThreads * (plan.wide ? FoldedState<kManyBlocks<true>>::kFloats
                                            : FoldedState<kManyBlocks<false>>::kFloats);
   return Launch("AttendMany", kernel, dim3(static_cast<unsigned>(plan.many.size())), dim3(kThreads),
-                2 * SharedBytes<float>(floats), context.stream, tables, shape, tiles);
+                2 * SharedBytes<float>(floats) + SharedBytes<uint32_t>(ManyQueryWords(plan.wide)), context.stream, tables, shape, tiles);
 }
 
 }  // namespace

@@ -17,10 +17,30 @@ namespace atp::cuda {
 
 inline constexpr int kWidestHead = 128;
 
-// The queries of a tile, eight per block: rows of the batch and heads of the group, packed.
+inline constexpr int kAttentionThreads = kChunkUnits * kWarpSize;
+
+// The queries of a warp, eight per block: rows of the batch and heads of the group, packed. They lie in shared
+// memory, each thread's part where only that thread looks: the registers are needed for sums and loads.
 template <int kBlocks, int kTerms>
-struct QueryFragments {
-  uint32_t b[kBlocks][kTerms][kWidestHead / 16][2];
+class QueryFragments {
+ public:
+  static constexpr int kWords = kBlocks * kTerms * (kWidestHead / 16) * 2 * kAttentionThreads;
+
+  __device__ __forceinline__ explicit QueryFragments(const Shared<uint32_t>& memory) : memory_(memory) {}
+  __device__ __forceinline__ void Store(int block, int term, int step, uint32_t low, uint32_t high) const {
+    memory_.template StoreAs<uint2>(At(block, term, step), make_uint2(low, high));
+  }
+  __device__ __forceinline__ void Load(int block, int term, int step, uint32_t (&b)[2]) const {
+    const uint2 pair = memory_.template LoadAs<uint2>(At(block, term, step));
+    b[0] = pair.x, b[1] = pair.y;
+  }
+
+ private:
+  static __device__ __forceinline__ int At(int block, int term, int step) {
+    return (((block * kTerms + term) * (kWidestHead / 16) + step) * kAttentionThreads +
+            static_cast<int>(threadIdx.x)) * 2;
+  }
+  Shared<uint32_t> memory_;
 };
 
 // One unit's state, of queries 2t and 2t + 1 of each block.
@@ -84,9 +104,14 @@ __device__ __forceinline__ void Scores(const EntryRange& range, const TileAddres
   const int t = lane % 4, half = lane / 4 % 2;
 #pragma unroll
   for (int i = 0; i < kBlocks * 16; ++i) scores[i / 16][i / 4 % 4][i % 4] = 0;
-#pragma unroll
+  // All loads of a tile in flight where registers allow.
+  constexpr int kUnroll = kBlocks > 1 ? 2 : kWidestHead / 16;
+#pragma unroll kUnroll
   for (int step = 0; step < (kHeadDim > 0 ? kHeadDim : kWidestHead) / 16; ++step) {
     if (kHeadDim == 0 && 16 * step >= head_dim) continue;
+    uint32_t q[kBlocks][kTerms][2];
+#pragma unroll
+    for (int i = 0; i < kBlocks * kTerms; ++i) query.Load(i / kTerms, i % kTerms, step, q[i / kTerms][i % kTerms]);
     RowOf8<kFormat> rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -102,7 +127,7 @@ __device__ __forceinline__ void Scores(const EntryRange& range, const TileAddres
 #pragma unroll
         for (int other = 0; other + term < kTerms; ++other) {
 #pragma unroll
-          for (int b = 0; b < kBlocks; ++b) MmaBF16(scores[b][product], a, query.b[b][other][step]);
+          for (int b = 0; b < kBlocks; ++b) MmaBF16(scores[b][product], a, q[b][other]);
         }
       }
     }
