@@ -63,6 +63,11 @@ class CudaBackend final : public Backend {
            !IsQuantized(desc.weight_dtype);
   }
 
+  size_t FreeMemoryBytes() override {
+    size_t free = 0, total = 0;
+    return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+  }
+
   absl::StatusOr<Buffer> Allocate(size_t bytes) override {
     void* data = nullptr;
     // A buffer of nothing has an address too.
@@ -185,10 +190,10 @@ class CudaBackend final : public Backend {
     cudaGetLastError();  // it was ours; do not let a later op report it
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    return absl::ResourceExhaustedError(
-        absl::StrCat("cannot allocate ", bytes, " bytes on ", device_.name, ": ", free, " of ", total,
-                     " bytes are free (", cudaGetErrorString(error),
-                     "). Give the KV cache less (--kv-memory), or use a smaller model or --device cpu"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "cannot allocate ", bytes, " bytes on ", device_.name, ": ", free, " of ", total, " bytes are free (",
+        cudaGetErrorString(error),
+        "). Give the KV cache less (--set kv_cache.memory_bytes=…), or use a smaller model or --device cpu"));
   }
 
   const Device device_;

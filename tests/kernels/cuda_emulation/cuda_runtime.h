@@ -157,6 +157,10 @@ inline void sincospif(float x, float* sine, float* cosine) {
   *sine = static_cast<float>(std::sin(angle));
   *cosine = static_cast<float>(std::cos(angle));
 }
+inline void sincospi(double x, double* sine, double* cosine) {
+  *sine = std::sin(x * 3.14159265358979323846);
+  *cosine = std::cos(x * 3.14159265358979323846);
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
@@ -179,7 +183,7 @@ namespace atp::cuda {
 template <class T>
 class Shared {
  public:
-  static_assert(std::is_trivially_copyable_v<T>);
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 2 == 0);  // smaller ones are not told apart
   Shared(T* data, int size) : data_(data), size_(size) {}
 
   // What an element looks like to a kernel: reads and writes are seen.

@@ -29,9 +29,12 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kMaxThreads = 1024;
 constexpr int kLanes = 32;
 
-// What happened last at one byte of shared memory. Epochs count barriers over all blocks ever run, so that an
+// Accesses are told apart down to this: no element of a shared array is smaller.
+constexpr size_t kGranule = 2;
+
+// What happened last at one granule of shared memory. Epochs count barriers over all blocks ever run, so that an
 // old record never meets a new one.
-struct ByteRecord {
+struct Record {
   uint64_t written = 0, read = 0;            // block epoch
   uint64_t warp_written = 0, warp_read = 0;  // warp epoch of the thread
   int16_t writer = -1, reader = -1;
@@ -119,7 +122,7 @@ class Machine {
   // Exactly as large as the launch asked for, so that ASan sees a pointer that leaves it.
   std::unique_ptr<std::byte[]> shared_;
   size_t shared_bytes_ = 0;
-  std::vector<ByteRecord> records_;
+  std::vector<Record> records_;
   uint64_t epoch_ = 1;
   uint64_t block_start_ = 1;  // the epoch in which the block began: what was written before is not there
 };
@@ -326,7 +329,7 @@ std::string Machine::Run(const char* name, const Index3& grid, const Index3& blo
   gridDim = dim3(grid.x, grid.y, grid.z);
   shared_.reset(new std::byte[shared_bytes]);
   shared_bytes_ = shared_bytes;
-  if (records_.size() < shared_bytes) records_.resize(shared_bytes);
+  if (records_.size() * kGranule < shared_bytes) records_.resize(shared_bytes / kGranule + 1);
   for (int t = 0; t < threads_; ++t) {
     const unsigned i = static_cast<unsigned>(t);
     fibers_[t].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
@@ -360,8 +363,8 @@ void Machine::Track(const std::byte* at, size_t bytes, Access access, int index)
                       thread >= 0 ? Where(thread) : "another thread", " ", other, " since the last barrier"));
   };
   const char* what = access == Access::kRead ? "reads" : "writes";
-  for (size_t i = 0; i < bytes; ++i) {
-    ByteRecord& record = records_[offset + i];
+  for (size_t i = 0; i < bytes; i += kGranule) {
+    Record& record = records_[(offset + i) / kGranule];
     const bool is_read = access == Access::kRead;
     if (access != Access::kWrite && record.written < block_start_) {
       Fail(absl::StrCat("uninitialised shared memory: reads index ", index, " (byte ", offset + i,
