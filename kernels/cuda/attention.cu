@@ -82,7 +82,8 @@ __device__ __forceinline__ int64_t QueryOffset(const Shape& shape, const Sequenc
 // Operand b of the scores: lane 4 g + t holds query g of each block, dimensions 16 s + 4 i + t.
 template <int kBlocks, int kTerms>
 __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTable& sequence, int kv_head,
-                                            int first, int lane, const QueryFragments<kBlocks, kTerms>& query) {
+                                            int first, int lane,
+                                            const QueryFragments<kBlocks, kTerms>& query) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -237,9 +238,13 @@ class FoldedState {
   __device__ __forceinline__ float4 Sums(int b, int i) const { return Load(b * 8 + i); }
 
  private:
-  static __device__ __forceinline__ int At(int i) { return (i * kThreads + static_cast<int>(threadIdx.x)) * 4; }
+  static __device__ __forceinline__ int At(int i) {
+    return (i * kThreads + static_cast<int>(threadIdx.x)) * 4;
+  }
   __device__ __forceinline__ float4 Load(int i) const { return memory_.template LoadAs<float4>(At(i)); }
-  __device__ __forceinline__ void Store(int i, const float4& value) const { memory_.template StoreAs<float4>(At(i), value); }
+  __device__ __forceinline__ void Store(int i, const float4& value) const {
+    memory_.template StoreAs<float4>(At(i), value);
+  }
 
   // Factors 1 and 0 leave a state as it is; one that is not there yet is not read.
   template <class Sum>
@@ -290,7 +295,8 @@ __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape&
   int visible[kBlocks][2];
 #pragma unroll
   for (int q = 0; q < 2 * kBlocks; ++q) {
-    visible[q / 2][q % 2] = VisibleExact(sequence, shape.group, first + q / 2 * kQueries + lane % 4 * 2 + q % 2);
+    visible[q / 2][q % 2] =
+        VisibleExact(sequence, shape.group, first + q / 2 * kQueries + lane % 4 * 2 + q % 2);
   }
 #pragma unroll 1
   for (int begin = 0; begin < range.end; begin += kUnitEntries) {
@@ -308,7 +314,7 @@ __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape&
 template <bool kWide>
 inline constexpr int kManyBlocks = kWide ? 1 : 2;
 template <bool kWide>
-inline constexpr int kTileQueries = kChunkUnits * kManyBlocks<kWide> * kQueries;
+inline constexpr int kTileQueries = kChunkUnits* kManyBlocks<kWide>* kQueries;
 
 __host__ __device__ constexpr int ManyQueryWords(bool wide) {
   return wide ? QueryFragments<kManyBlocks<true>, 3>::kWords : QueryFragments<kManyBlocks<false>, 1>::kWords;
@@ -321,7 +327,8 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
   const Tile tile = tiles[blockIdx.x];
   const SequenceTable sequence = tables.sequences[tile.sequence];
   const HeadTable head = tables.heads[tile.sequence * tables.kv_heads + tile.kv_head];
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
+            warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int first = tile.tile * kTileQueries<kWide> + warp * kBlocks * kQueries;
   SharedArena arena;
   FoldedState<kBlocks> chunk(arena.Take<float>(kThreads * FoldedState<kBlocks>::kFloats));
@@ -478,7 +485,8 @@ cudaError_t AttendMany(const OpContext& context, const KvTables& tables, const S
   const int floats = kThreads * (plan.wide ? FoldedState<kManyBlocks<true>>::kFloats
                                            : FoldedState<kManyBlocks<false>>::kFloats);
   return Launch("AttendMany", kernel, dim3(static_cast<unsigned>(plan.many.size())), dim3(kThreads),
-                2 * SharedBytes<float>(floats) + SharedBytes<uint32_t>(ManyQueryWords(plan.wide)), context.stream, tables, shape, tiles);
+                2 * SharedBytes<float>(floats) + SharedBytes<uint32_t>(ManyQueryWords(plan.wide)),
+                context.stream, tables, shape, tiles);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 // What a warp does: eight (or twice eight) queries of one kv head over one unit of entries.
 //
 // Both products are turned around, scores as keys x queriesᵀ and outputs as valuesᵀ x weightsᵀ, so that the
-// eight columns of mma.m16n8k16 are queries: a decode step of one token has only a group of them. Lane 4 g + t
-// holds scores of entries 8 g .. 8 g + 7 and sums of dimensions 64 h + 8 g .. + 7, each for queries 2 t and
+// eight columns of mma.m16n8k16 are queries: a decode step of one token has only a group of them. Lane 4 g +
+// t holds scores of entries 8 g .. 8 g + 7 and sums of dimensions 64 h + 8 g .. + 7, each for queries 2 t and
 // 2 t + 1. Queries and weights are rounded to bf16, but for fp32 pages, where three bf16 terms of each factor
 // give all of fp32's digits; sums are fp32.
 #ifndef ATP_KERNELS_CUDA_ATTENTION_UNIT_CUH_
@@ -19,8 +19,9 @@ inline constexpr int kWidestHead = 128;
 
 inline constexpr int kAttentionThreads = kChunkUnits * kWarpSize;
 
-// The queries of a warp, eight per block: rows of the batch and heads of the group, packed. They lie in shared
-// memory, each thread's part where only that thread looks: the registers are needed for sums and loads.
+// The queries of a warp, eight per block: rows of the batch and heads of the group, packed. They lie in
+// shared memory, each thread's part where only that thread looks: the registers are needed for sums and
+// loads.
 template <int kBlocks, int kTerms>
 class QueryFragments {
  public:
@@ -38,7 +39,8 @@ class QueryFragments {
  private:
   static __device__ __forceinline__ int At(int block, int term, int step) {
     return (((block * kTerms + term) * (kWidestHead / 16) + step) * kAttentionThreads +
-            static_cast<int>(threadIdx.x)) * 2;
+            static_cast<int>(threadIdx.x)) *
+           2;
   }
   Shared<uint32_t> memory_;
 };
@@ -66,9 +68,9 @@ struct EntryRange {
   const KvTables* tables;
   const PageLayout* page;
   const BlockId* blocks;
-  int end;          // entries from here on are seen by nobody in the tile
-  float scale;      // of scores, times log2 e
-  bool all_visible; // but for padding: no query sees fewer than `end`
+  int end;           // entries from here on are seen by nobody in the tile
+  float scale;       // of scores, times log2 e
+  bool all_visible;  // but for padding: no query sees fewer than `end`
 };
 
 // The lane's slices of a tile: t's, whose values it loads, and g / 2's, whose keys it loads.
@@ -97,26 +99,28 @@ __device__ __forceinline__ TileAddress AddressOf(const EntryRange& range, int ti
 
 // scores[b][product][element] = key · query, unscaled.
 template <KvFormat kFormat, int kBlocks, int kHeadDim>
-__device__ __forceinline__ void Scores(const EntryRange& range, const TileAddress& address, int head_dim, int lane,
-                                       const QueryFragments<kBlocks, kTermsOf<kFormat>>& query,
+__device__ __forceinline__ void Scores(const EntryRange& range, const TileAddress& address, int head_dim,
+                                       int lane, const QueryFragments<kBlocks, kTermsOf<kFormat>>& query,
                                        float (&scores)[kBlocks][4][4]) {
   constexpr int kTerms = kTermsOf<kFormat>;
   const int t = lane % 4, half = lane / 4 % 2;
 #pragma unroll
   for (int i = 0; i < kBlocks * 16; ++i) scores[i / 16][i / 4 % 4][i % 4] = 0;
   // All loads of a tile in flight where registers allow.
-  constexpr int kUnroll = kBlocks > 1 ? 2 : kWidestHead / 16;
+  [[maybe_unused]] constexpr int kUnroll = kBlocks > 1 ? 2 : kWidestHead / 16;
 #pragma unroll kUnroll
   for (int step = 0; step < (kHeadDim > 0 ? kHeadDim : kWidestHead) / 16; ++step) {
     if (kHeadDim == 0 && 16 * step >= head_dim) continue;
     uint32_t q[kBlocks][kTerms][2];
 #pragma unroll
-    for (int i = 0; i < kBlocks * kTerms; ++i) query.Load(i / kTerms, i % kTerms, step, q[i / kTerms][i % kTerms]);
+    for (int i = 0; i < kBlocks * kTerms; ++i)
+      query.Load(i / kTerms, i % kTerms, step, q[i / kTerms][i % kTerms]);
     RowOf8<kFormat> rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      rows[i].Load(KeyRow<kFormat>(address.key_block, *range.page, address.key_offset, 16 * step + 4 * i + t, half),
-                   address.key_block != nullptr, kFormat == KvFormat::kInt4 ? 4 * half : 0);
+      rows[i].Load(
+          KeyRow<kFormat>(address.key_block, *range.page, address.key_offset, 16 * step + 4 * i + t, half),
+          address.key_block != nullptr, kFormat == KvFormat::kInt4 ? 4 * half : 0);
     }
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
@@ -145,8 +149,9 @@ __device__ __forceinline__ void LoadScales(const std::byte* from, float (&out)[8
 // Which of the lane's eight entries are there at all, as bits; their scores become exponents of 2, -inf for
 // those a query does not see.
 template <KvFormat kFormat, int kBlocks>
-__device__ __forceinline__ uint32_t Exponents(const EntryRange& range, const TileAddress& address, int tile, int lane,
-                                              const int (&visible)[kBlocks][2], float (&scores)[kBlocks][4][4]) {
+__device__ __forceinline__ uint32_t Exponents(const EntryRange& range, const TileAddress& address, int tile,
+                                              int lane, const int (&visible)[kBlocks][2],
+                                              float (&scores)[kBlocks][4][4]) {
   const PageLayout& page = *range.page;
   const int first = tile + lane / 4 * 8;
   const int offset = address.key_offset + lane / 4 % 2 * 8;
@@ -155,7 +160,8 @@ __device__ __forceinline__ uint32_t Exponents(const EntryRange& range, const Til
     LoadScales(address.key_block + page.key_scale_offset + 2 * offset, scale);
   }
   if (page.with_log_mass && address.key_block != nullptr) {
-    const float4* from = reinterpret_cast<const float4*>(address.key_block + page.log_mass_offset + 4 * offset);
+    const float4* from =
+        reinterpret_cast<const float4*>(address.key_block + page.log_mass_offset + 4 * offset);
     const float4 low = from[0], high = from[1];
     mass[0] = low.x, mass[1] = low.y, mass[2] = low.z, mass[3] = low.w;
     mass[4] = high.x, mass[5] = high.y, mass[6] = high.z, mass[7] = high.w;
@@ -219,8 +225,8 @@ __device__ __forceinline__ void Weights(float (&scores)[kBlocks][4][4], UnitStat
 
 // sum += weight · value.
 template <KvFormat kFormat, int kBlocks, int kHeadDim>
-__device__ __forceinline__ void AddValues(const EntryRange& range, const TileAddress& address, int head_dim, int lane,
-                                          uint32_t there, float (&weights)[kBlocks][4][4],
+__device__ __forceinline__ void AddValues(const EntryRange& range, const TileAddress& address, int head_dim,
+                                          int lane, uint32_t there, float (&weights)[kBlocks][4][4],
                                           UnitState<kBlocks>& state) {
   constexpr int kTerms = kTermsOf<kFormat>;
   const int g = lane / 4, t = lane % 4;
@@ -239,7 +245,8 @@ __device__ __forceinline__ void AddValues(const EntryRange& range, const TileAdd
     }
   }
   // Of slice t: bit e for its first half's entries, bit 8 + e for the second's.
-  const uint32_t slice_there = __shfl_sync(kWarpMask, there, 8 * t) | __shfl_sync(kWarpMask, there, 8 * t + 4) << 8;
+  const uint32_t slice_there = __shfl_sync(kWarpMask, there, 8 * t) | __shfl_sync(kWarpMask, there, 8 * t + 4)
+                                                                          << 8;
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     uint32_t p[kBlocks][kTerms][2];
@@ -265,7 +272,8 @@ __device__ __forceinline__ void AddValues(const EntryRange& range, const TileAdd
         const int entry = 2 * step + i / 2 + i % 2 * 8;
         rows[i].Load(
             ValueRow<kFormat>(address.value_block, page, head_dim, address.value_offset + entry, dimension),
-            inside && (slice_there >> entry & 1) != 0, kFormat == KvFormat::kInt4 && dimension >= head_dim / 2 ? 4 : 0);
+            inside && (slice_there >> entry & 1) != 0,
+            kFormat == KvFormat::kInt4 && dimension >= head_dim / 2 ? 4 : 0);
       }
 #pragma unroll
       for (int product = 0; product < 4; ++product) {

@@ -13,9 +13,9 @@
 
 namespace atp::cuda {
 
-inline constexpr int kTileEntries = 64;                  // that a warp's matrix products take at once
-inline constexpr int kUnitEntries = 2 * kTileEntries;    // that one warp goes through alone
-inline constexpr int kChunkUnits = 4;                    // warps of a block
+inline constexpr int kTileEntries = 64;                // that a warp's matrix products take at once
+inline constexpr int kUnitEntries = 2 * kTileEntries;  // that one warp goes through alone
+inline constexpr int kChunkUnits = 4;                  // warps of a block
 inline constexpr int kChunkEntries = kChunkUnits * kUnitEntries;
 
 inline constexpr float kLog2E = 1.4426950408889634f;

@@ -1,8 +1,8 @@
 // Pieces of KV pages as operands of a tensor core: from global memory straight into the registers of the
 // threads that need them. Every byte of a page is loaded once per warp; no shared memory is involved.
 //
-// mma.m16n8k16 leaves open which keys, dimensions and entries its rows and columns are. Lane 4 g + t holds, of
-// operand a, rows g and g + 8 and k = 2t, 2t + 1, 2t + 8, 2t + 9. A tile is 64 entries, in slices of 16.
+// mma.m16n8k16 leaves open which keys, dimensions and entries its rows and columns are. Lane 4 g + t holds,
+// of operand a, rows g and g + 8 and k = 2t, 2t + 1, 2t + 8, 2t + 9. A tile is 64 entries, in slices of 16.
 //   scores    a = keys: rows of the four products are entries 8 g .. 8 g + 7 (half a slice), so that a lane
 //             loads eight neighbours of one dimension at once; the k of step s are dimensions 16 s + 4 i + t.
 //   values    a = values, transposed: rows are dimensions 64 h + 8 g .. + 7 of an entry; the k of step s are
@@ -12,8 +12,8 @@
 #ifndef ATP_KERNELS_CUDA_PAGE_FRAGMENTS_CUH_
 #define ATP_KERNELS_CUDA_PAGE_FRAGMENTS_CUH_
 
-#include "kernels/cuda/launch.h"
 #include "kernels/cuda/kv_tables.h"
+#include "kernels/cuda/launch.h"
 
 namespace atp::cuda {
 
@@ -44,7 +44,8 @@ __device__ __forceinline__ uint32_t SubtractPair(uint32_t a, uint32_t b) {
 inline uint32_t PermuteBytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t out = 0;
-  for (int i = 0; i < 4; ++i) out |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 255) << 8 * i;
+  for (int i = 0; i < 4; ++i)
+    out |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 255) << 8 * i;
   return out;
 }
 
@@ -101,8 +102,8 @@ struct RowOf8 {
 // Element `index` of two rows as a pair of bf16; of a bf16 page without conversion, of an integer page
 // without scale (integers to 256 are exact in bf16).
 template <KvFormat kFormat>
-__device__ __forceinline__ uint32_t PairOf(const RowOf8<kFormat>& first, const RowOf8<kFormat>& second, int index,
-                                           int term) {
+__device__ __forceinline__ uint32_t PairOf(const RowOf8<kFormat>& first, const RowOf8<kFormat>& second,
+                                           int index, int term) {
   if constexpr (kFormat == KvFormat::kF32) {
     const float a = __int_as_float(static_cast<int>(first.words[index]));
     const float b = __int_as_float(static_cast<int>(second.words[index]));
@@ -111,8 +112,8 @@ __device__ __forceinline__ uint32_t PairOf(const RowOf8<kFormat>& first, const R
     return PermuteBytes(first.words[index / 2], second.words[index / 2], index % 2 == 0 ? 0x5410 : 0x7632);
   } else {
     const uint32_t byte = static_cast<uint32_t>(index % 4);
-    const uint32_t pair = PermuteBytes(first.words[index / 4], second.words[index / 4],
-                                       byte * 0x0011u + (byte + 4) * 0x1100u);
+    const uint32_t pair =
+        PermuteBytes(first.words[index / 4], second.words[index / 4], byte * 0x0011u + (byte + 4) * 0x1100u);
     // bf16 counts 128, 129, … 255 by ones: 0x4300 | i is 128 + i, 0x4380 is 256.
     if constexpr (kFormat == KvFormat::kInt8) {
       return SubtractPair((pair & 0x007f007fu) | 0x43004300u, (pair & 0x00800080u) | 0x43004300u);
@@ -132,8 +133,8 @@ __device__ __forceinline__ void FragmentOf(const RowOf8<kFormat> (&rows)[4], int
   a[3] = PairOf<kFormat>(rows[2], rows[3], 2 * product + 1, term);
 }
 
-// Where rows of a slice lie: `block` is the slice's page, `offset` its first entry there. Eight neighbours are
-// whole bytes in every format.
+// Where rows of a slice lie: `block` is the slice's page, `offset` its first entry there. Eight neighbours
+// are whole bytes in every format.
 template <KvFormat kFormat>
 __device__ __forceinline__ const std::byte* KeyRow(const std::byte* block, const PageLayout& page, int offset,
                                                    int dimension, int half) {
@@ -142,8 +143,8 @@ __device__ __forceinline__ const std::byte* KeyRow(const std::byte* block, const
   return block + (dimension * page.entries + offset + 8 * half) * kBytes;
 }
 template <KvFormat kFormat>
-__device__ __forceinline__ const std::byte* ValueRow(const std::byte* block, const PageLayout& page, int head_dim,
-                                                     int entry, int dimension) {
+__device__ __forceinline__ const std::byte* ValueRow(const std::byte* block, const PageLayout& page,
+                                                     int head_dim, int entry, int dimension) {
   const std::byte* values = block + page.value_offset;
   if (kFormat == KvFormat::kInt4) {
     const int half = head_dim / 2;

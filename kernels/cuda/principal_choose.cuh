@@ -46,7 +46,8 @@ __device__ __forceinline__ void ChoosePivots(const FitJob& job, int n, const Fit
       double g = row[i];
 #pragma unroll 4
       for (int k = 0; k < step; ++k) {
-        g -= job.factor[static_cast<int64_t>(k) * n + i] * job.factor[static_cast<int64_t>(k) * n + pivot.index];
+        g -= job.factor[static_cast<int64_t>(k) * n + i] *
+             job.factor[static_cast<int64_t>(k) * n + pivot.index];
       }
       factor[i] = g * scale;
       job.rest[i] = fmax(job.rest[i] - factor[i] * factor[i], 0.0);
@@ -186,7 +187,8 @@ __device__ __forceinline__ bool SolveRidge(const FitJob& job, int r, int d, cons
     for (int i = j + me; i < r; i += kFitThreads) {
       double sum = row[i] + (i == j ? ridge : 0.0);
 #pragma unroll 4
-      for (int k = 0; k < j; ++k) sum -= gram[static_cast<int64_t>(k) * r + i] * gram[static_cast<int64_t>(k) * r + j];
+      for (int k = 0; k < j; ++k)
+        sum -= gram[static_cast<int64_t>(k) * r + i] * gram[static_cast<int64_t>(k) * r + j];
       row[i] = sum;
     }
     __syncthreads();

@@ -1,21 +1,21 @@
 // FitPrincipalKeys on the device (kernels/principal_fit.h is the mathematics), in fp64 like the cpu's. All
-// jobs go through the steps together, each step as wide as it can be: products by tiles over as many blocks as
-// they have, the sequential ones (pivots, masses, the triangular solve) by one block per job.
+// jobs go through the steps together, each step as wide as it can be: products by tiles over as many blocks
+// as they have, the sequential ones (pivots, masses, the triangular solve) by one block per job.
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cuda/kv_tables.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ops.h"
 #include "kernels/cuda/principal_choose.cuh"
 #include "kernels/cuda/principal_job.cuh"
 #include "kernels/cuda/principal_pages.cuh"
 #include "kernels/cuda/principal_product.cuh"
-#include "kernels/cuda/kv_tables.h"
-#include "kernels/cuda/launch.h"
-#include "kernels/cuda/ops.h"
 
 namespace atp::cuda {
 namespace {
 
-constexpr int kGatherBlocks = 8;    // per job
+constexpr int kGatherBlocks = 8;            // per job
 constexpr int kSoftmaxQueries = kWarpSize;  // per block
 constexpr size_t kJobsAtOnce = 64;  // bounds the workspace: some 3.5 MB per job of 256 tokens at head_dim 128
 
@@ -28,7 +28,7 @@ struct EntryPlace {
 __device__ __forceinline__ EntryPlace PlaceOf(const FitJob& job, const FitShape& shape, int i) {
   const bool principal = i < job.principal_entries;
   const int at = principal ? i : i - job.principal_entries;
-  const PageLayout* page = principal ? &job.page : &shape.exact;
+  const PageLayout* page = principal ? &job.page : &job.exact_page;
   const BlockId id = (principal ? job.principal : job.exact)[at / page->entries];
   return {shape.Block(id), page, at % page->entries};
 }
@@ -41,8 +41,8 @@ __device__ __forceinline__ float LogMassOf(const EntryPlace& place) {
 __global__ void ListEntries(const FitJob* jobs, const FitShape shape) {
   const FitJob& job = jobs[blockIdx.x];
   const float padding = __int_as_float(static_cast<int>(0xff800000u));
-  const int n = ListWhere(job.entries, job.source,
-                          [&](int i) { return LogMassOf(PlaceOf(job, shape, i)) != padding; });
+  const int n =
+      ListWhere(job.entries, job.source, [&](int i) { return LogMassOf(PlaceOf(job, shape, i)) != padding; });
   if (threadIdx.x == 0) *job.result = {n, 0, 0.0};
 }
 
@@ -71,11 +71,15 @@ __global__ void __launch_bounds__(kFitThreads) Gather(const FitJob* jobs, const 
   for (int i = first; i < job.m * half; i += kStride) {
     const int q = i / half, c = i % half, g = q / job.samples, s = q % job.samples;
     const BlockId id = job.queries[g * shape.query_blocks_per_head + s / shape.queries_per_block];
-    const auto* in =
-        reinterpret_cast<const uint16_t*>(shape.Block(id)) + static_cast<int64_t>(s % shape.queries_per_block) * d;
+    const auto* in = reinterpret_cast<const uint16_t*>(shape.Block(id)) +
+                     static_cast<int64_t>(s % shape.queries_per_block) * d;
     const double a = BF16ToFloat(in[c]), b = BF16ToFloat(in[c + half]);
-    const double angle = static_cast<double>(job.positions[q]) * shape.inverse_frequency[c];
-    const double cosine = cos(angle), sine = sin(angle);
+    // The angle is exact in double; the reduction of cos() and sin() for all doubles would cost a stack
+    // frame.
+    constexpr double kTurnsPerRadian = 0.15915494309189533577;
+    const double turns = static_cast<double>(job.positions[q]) * shape.inverse_frequency[c] * kTurnsPerRadian;
+    double sine, cosine;
+    sincospi(2 * (turns - rint(turns)), &sine, &cosine);
     double* out = job.queries_rotated + static_cast<int64_t>(q) * d + c;
     // Rounded to fp32, as they are handed to the other backends' fits.
     out[0] = static_cast<float>((a * cosine - b * sine) * scale);
@@ -130,7 +134,8 @@ __global__ void __launch_bounds__(kFitThreads) Softmax(const FitJob* jobs) {
   SharedArena arena;
   const Shared<double> room = arena.Take<double>(kFitThreads);
   const int n = job.result->n, m = job.m;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
+            warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int q = static_cast<int>(blockIdx.y) * kSoftmaxQueries + lane;
   const bool there = q < m;
   double top = -1e308;
@@ -200,7 +205,7 @@ __global__ void __launch_bounds__(kFitThreads) Solve(const FitJob* jobs, int d) 
 
 // Grid: (jobs). The report, and the entries into their pages. Degenerate input ends as the chosen keys with
 // their own values, each standing for n/r entries.
-__global__ void __launch_bounds__(kFitThreads)
+__global__ void __launch_bounds__(kFitThreads, 1)
     Finish(const FitJob* jobs, const FitShape shape, PrincipalFitReport* reports) {
   const FitJob& job = jobs[blockIdx.x];
   SharedArena arena;
@@ -223,17 +228,18 @@ __global__ void __launch_bounds__(kFitThreads)
     reports[blockIdx.x] = report;
   }
   const int r = kept ? n : job.count;
-  const auto source = [&](int j) { return kept ? j : job.chosen[j]; };
+  const auto source = [&](int j) { return static_cast<int64_t>(kept ? j : job.chosen[j]); };
   const PageLayout& page = job.page;
+#pragma unroll 1
   for (int first = 0; first < job.count; first += page.entries) {
     const auto key = [&](int e, int c) {
-      return first + e < r ? static_cast<float>(job.keys[static_cast<int64_t>(source(first + e)) * d + c]) : 0.0f;
+      return first + e < r ? static_cast<float>(job.keys[source(first + e) * d + c]) : 0.0f;
     };
     const auto value = [&](int e, int c) {
       const int j = first + e;
       if (j >= r) return 0.0f;
       const double shift = fitted ? job.shift[static_cast<int64_t>(j) * d + c] : 0.0;
-      return static_cast<float>(job.values[static_cast<int64_t>(source(j)) * d + c] + shift);
+      return static_cast<float>(job.values[source(j) * d + c] + shift);
     };
     const auto mass = [&](int e) {
       const int j = first + e;
@@ -299,11 +305,12 @@ cudaError_t UploadIds(const OpContext& context, const FitPrincipalKeysArgs& args
   for (size_t i = 0; i < jobs.size(); ++i) {
     const PrincipalFitJob& job = jobs[i];
     FitJob fit{};
-    fit.principal = device + at[5 * i], fit.exact = device + at[5 * i + 1], fit.queries = device + at[5 * i + 2];
+    fit.principal = device + at[5 * i], fit.exact = device + at[5 * i + 1],
+    fit.queries = device + at[5 * i + 2];
     fit.positions = device + at[5 * i + 3], fit.out = device + at[5 * i + 4];
     fit.principal_entries = job.principal_entries, fit.exact_entries = job.exact_entries;
     fit.samples = job.samples, fit.count = job.count, fit.forced = std::min(job.forced, job.count);
-    fit.page = LayoutOf(*job.page);
+    fit.page = LayoutOf(*job.page), fit.exact_page = LayoutOf(*args.pool.exact);
     fit.entries = job.principal_entries + job.exact_entries, fit.m = args.group * job.samples;
     out.push_back(fit);
   }
@@ -318,8 +325,8 @@ cudaError_t RunSteps(const OpContext& context, const FitJob* jobs, unsigned coun
   const auto launch = [&](const char* name, auto kernel, int blocks, int threads, size_t bytes,
                           const auto&... arguments) {
     if (error != cudaSuccess) return;
-    error = Launch(name, kernel, dim3(count, static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                   bytes, context.stream, jobs, arguments...);
+    error = Launch(name, kernel, dim3(count, static_cast<unsigned>(blocks)),
+                   dim3(static_cast<unsigned>(threads)), bytes, context.stream, jobs, arguments...);
   };
   const auto multiply = [&](Step first, Step second, int tiles) {
     launch("FitMultiply", Multiply, tiles, kProductThreads, 0, d, first, second, first != second);
@@ -371,8 +378,8 @@ cudaError_t FitSome(const OpContext& context, const FitPrincipalKeysArgs& args, 
 
 cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args) {
   const QueryPage& queries = *args.query_page;
-  const FitShape shape{args.pool.data, args.pool.block_bytes, LayoutOf(*args.pool.exact), args.inverse_frequency,
-                       args.group, queries.head_dim(), queries.blocks_per_head(), queries.per_block()};
+  const FitShape shape{args.pool.data,     args.pool.block_bytes,     args.inverse_frequency, args.group,
+                       queries.head_dim(), queries.blocks_per_head(), queries.per_block()};
   cudaError_t error = cudaSuccess;
   for (size_t first = 0; first < args.jobs.size() && error == cudaSuccess; first += kJobsAtOnce) {
     error = FitSome(context, args, first, std::min(kJobsAtOnce, args.jobs.size() - first), shape);

@@ -15,25 +15,26 @@ struct FitJob {
   const BlockId *principal, *exact, *queries, *out;
   const int32_t* positions;  // [group * samples]
   int32_t principal_entries, exact_entries, samples, forced, count;
-  PageLayout page;
+  PageLayout page;        // of principal and out
+  PageLayout exact_page;  // the pool's
 
-  int32_t entries;  // of both kinds
-  int32_t m;        // group * samples
-  double *keys, *values, *log_mass;  // [n, d], [n, d], [n]
-  double* queries_rotated;           // [m, d], scaled
-  double* attention;                 // [n, m]
-  double* gram;                      // [n, n]
-  double* factor;                    // [count + forced, n]
-  double *norms, *rest;              // [n]
-  double* part_gram;                 // [r, r]; then of the shares
-  double* vectors;                   // [5, r]: mass, and those of its fit
-  double* share;                     // [r, m]
-  double *target, *residual, *error; // [m, d]
-  double* shift;                     // [r, d]
-  double* part_values;               // [r, d]: of the chosen
-  int32_t* source;                   // [entries]: which entries are there
-  int32_t* chosen;                   // [r]
-  int32_t* taken;                    // [n]
+  int32_t entries;                    // of both kinds
+  int32_t m;                          // group * samples
+  double *keys, *values, *log_mass;   // [n, d], [n, d], [n]
+  double* queries_rotated;            // [m, d], scaled
+  double* attention;                  // [n, m]
+  double* gram;                       // [n, n]
+  double* factor;                     // [count + forced, n]
+  double *norms, *rest;               // [n]
+  double* part_gram;                  // [r, r]; then of the shares
+  double* vectors;                    // [5, r]: mass, and those of its fit
+  double* share;                      // [r, m]
+  double *target, *residual, *error;  // [m, d]
+  double* shift;                      // [r, d]
+  double* part_values;                // [r, d]: of the chosen
+  int32_t* source;                    // [entries]: which entries are there
+  int32_t* chosen;                    // [r]
+  int32_t* taken;                     // [n]
   struct Result {
     int32_t n;       // entries that are there
     int32_t solved;  // the ridge system was
@@ -46,7 +47,6 @@ struct FitJob {
 struct FitShape {
   std::byte* pool;
   size_t block_bytes;
-  PageLayout exact;
   const float* inverse_frequency;
   int group, head_dim;
   int query_blocks_per_head, queries_per_block;

@@ -39,19 +39,21 @@ __device__ __forceinline__ uint16_t ScaleBits(float largest, int top) {
 }
 __device__ __forceinline__ int Quantized(float x, float scale, int top) {
   if (scale == 0) return 0;
-  return static_cast<int>(fminf(fmaxf(rintf(x / scale), static_cast<float>(-top - 1)), static_cast<float>(top)));
+  return static_cast<int>(
+      fminf(fmaxf(rintf(x / scale), static_cast<float>(-top - 1)), static_cast<float>(top)));
 }
 
 // Writes `entries` entries of a block by all threads of the thread block. key(entry, dimension) and
 // value(entry, dimension) give fp32, mass(entry) the log mass; entries are the block's own.
 template <class Key, class Value, class Mass>
-__device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* block, int threads, const Key& key,
-                                          const Value& value, const Mass& mass) {
+__device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* block, int threads,
+                                          const Key& key, const Value& value, const Mass& mass) {
   const int me = static_cast<int>(threadIdx.x), lane = me % kWarpSize, d = page.head_dim;
   const bool integer = IsInteger(page.format);
   const int top = page.format == KvFormat::kInt8 ? 127 : 7;
   auto* key_scales = reinterpret_cast<uint16_t*>(block + page.key_scale_offset);
   auto* value_scales = reinterpret_cast<uint16_t*>(block + page.value_scale_offset);
+#pragma unroll 1
   for (int e = me / kWarpSize; e < page.entries; e += threads / kWarpSize) {
     if (integer) {
       float largest_key = 0, largest_value = 0;
@@ -60,13 +62,15 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
         largest_value = fmaxf(largest_value, fabsf(value(e, i)));
       }
       largest_key = WarpMax(largest_key), largest_value = WarpMax(largest_value);
-      if (lane == 0) key_scales[e] = ScaleBits(largest_key, top), value_scales[e] = ScaleBits(largest_value, top);
+      if (lane == 0)
+        key_scales[e] = ScaleBits(largest_key, top), value_scales[e] = ScaleBits(largest_value, top);
     }
     if (lane == 0 && page.with_log_mass) reinterpret_cast<float*>(block + page.log_mass_offset)[e] = mass(e);
   }
   __syncthreads();
   if (page.format == KvFormat::kInt4) {
     // A byte is two entries' keys, or two dimensions' values: one thread writes both.
+#pragma unroll 1
     for (int i = me; i < page.entries * d / 2; i += threads) {
       const int row = i / (page.entries / 2), at = i % (page.entries / 2), e = at / 8 * 16 + at % 8;
       const int low = Quantized(key(e, row), BF16ToFloat(key_scales[e]), top);
@@ -76,7 +80,8 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
       const float scale = BF16ToFloat(value_scales[entry]);
       const int first = Quantized(value(entry, dimension), scale, top);
       const int second = Quantized(value(entry, dimension + d / 2), scale, top);
-      block[page.value_offset + static_cast<uint32_t>(i)] = static_cast<std::byte>((first & 15) | (second & 15) << 4);
+      block[page.value_offset + static_cast<uint32_t>(i)] =
+          static_cast<std::byte>((first & 15) | (second & 15) << 4);
     }
     return;
   }
@@ -87,6 +92,7 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
       array[index] = static_cast<std::byte>(Quantized(x, BF16ToFloat(scales[e]), top));
     }
   };
+#pragma unroll 1
   for (int i = me; i < page.entries * d; i += threads) {
     put(block, i, key(i % page.entries, i / page.entries), key_scales, i % page.entries);
     put(block + page.value_offset, i, value(i / d, i % d), value_scales, i / d);

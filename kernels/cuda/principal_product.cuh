@@ -1,5 +1,5 @@
-// Matrix products in fp64 on the tensor cores: the fit's pivots and masses are as good as the digits they come
-// from, and these products are nearly all of its arithmetic.
+// Matrix products in fp64 on the tensor cores: the fit's pivots and masses are as good as the digits they
+// come from, and these products are nearly all of its arithmetic.
 #ifndef ATP_KERNELS_CUDA_PRINCIPAL_PRODUCT_CUH_
 #define ATP_KERNELS_CUDA_PRINCIPAL_PRODUCT_CUH_
 
@@ -7,7 +7,8 @@
 
 namespace atp::cuda {
 
-// c += a·b: a [8 x 4], b [4 x 8], c [8 x 8]. Lane 4 g + t holds a[g][t], b[t][g], c[g][2 t] and c[g][2 t + 1].
+// c += a·b: a [8 x 4], b [4 x 8], c [8 x 8]. Lane 4 g + t holds a[g][t], b[t][g], c[g][2 t] and c[g][2 t +
+// 1].
 #ifndef ATP_CUDA_EMULATION
 __device__ __forceinline__ void MmaF64(double (&c)[2], double a, double b) {
   asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
@@ -21,7 +22,8 @@ inline void MmaF64(double (&c)[2], double a, double b) {
   std::memcpy(all, emulation::Exchange("mma.f64", mine, sizeof(mine), __FILE__, __LINE__), sizeof(all));
   const int g = static_cast<int>(threadIdx.x) % kWarpSize / 4, t = static_cast<int>(threadIdx.x) % 4;
   for (int i = 0; i < 2; ++i) {
-    for (int k = 0; k < 4; ++k) c[i] = std::fma(all[2 * (4 * g + k)], all[2 * (4 * (2 * t + i) + k) + 1], c[i]);
+    for (int k = 0; k < 4; ++k)
+      c[i] = std::fma(all[2 * (4 * g + k)], all[2 * (4 * (2 * t + i) + k) + 1], c[i]);
   }
 }
 #endif
@@ -43,8 +45,8 @@ struct Product {
 
 inline constexpr int kProductWarps = 4;
 inline constexpr int kProductThreads = kProductWarps * kWarpSize;
-inline constexpr int kWarpTile = 32;                // rows and columns of out per warp,
-inline constexpr int kBlockTile = 2 * kWarpTile;    // and per block
+inline constexpr int kWarpTile = 32;              // rows and columns of out per warp,
+inline constexpr int kBlockTile = 2 * kWarpTile;  // and per block
 
 // Tiles of `out` that blocks take.
 __host__ __device__ inline int TilesOf(int size_a, int size_b) {
@@ -54,7 +56,8 @@ __host__ __device__ inline int TilesOf(int size_a, int size_b) {
 // One tile by a block of kProductThreads. Operands come straight from the first-level cache, where the
 // warps' tiles meet; each element is summed in the order of k.
 __device__ __forceinline__ void MultiplyTile(const Product& p, int tile) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
+            warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int columns = CeilDiv(p.size_b, kBlockTile);
   const int i0 = tile / columns * kBlockTile + warp / 2 * kWarpTile;

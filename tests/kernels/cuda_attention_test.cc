@@ -3,8 +3,8 @@
 //
 // Tolerances are error bounds. With pages other than fp32, queries and weights are rounded to bf16 (unit
 // roundoff b = 2^-8): a score is wrong by b·S at most, S = scale · Σ|q·k| + |log mass|, which is a relative
-// error of numerator and denominator, unless the queries are bf16 to begin with, as they are here where no page
-// is fp32; weights add b to the numerator. The fp32 arithmetic is bounded as in op_parity_test.cc.
+// error of numerator and denominator, unless the queries are bf16 to begin with, as they are here where no
+// page is fp32; weights add b to the numerator. The fp32 arithmetic is bounded as in op_parity_test.cc.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -93,7 +93,13 @@ struct Problem {
   // A step of these sequences whose first row is `first` of the problem's.
   AttentionArgs Args(std::span<const KvSequence> sequences, int first, float* out) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(cache.shape().head_dim));
-    return {query.data() + first * RowFloats(), out, sequences, cache.pool(), heads, cache.shape().kv_heads, scale};
+    return {query.data() + first * RowFloats(),
+            out,
+            sequences,
+            cache.pool(),
+            heads,
+            cache.shape().kv_heads,
+            scale};
   }
   // Rows [begin, end) of sequence `index`, alone.
   std::vector<float> Rows(Device& device, int index, int begin, int end) {
@@ -180,7 +186,8 @@ TEST_F(CudaAttention, AgreesWithTheReferenceAcrossChunks) {
 TEST_F(CudaAttention, IsTheSameBitsAloneInChunksAndBesideOthers) {
   for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
     for (const int group : {1, 4}) {
-      Problem problem(random_, {format, 32, 2, 16, 32}, {{1, 70, 0}, {80, 150, 90}, {1, 1, 9}, {3, 700, 0}}, group);
+      Problem problem(random_, {format, 32, 2, 16, 32}, {{1, 70, 0}, {80, 150, 90}, {1, 1, 9}, {3, 700, 0}},
+                      group);
       std::vector<float> whole = Poison(problem.cache.rows() * problem.RowFloats());
       device_.Attention(problem.Args(problem.cache.sequences(), 0, whole.data()));
       for (int s = 0; s < 4; ++s) {
