@@ -58,7 +58,8 @@ class CudaBackend final : public Backend {
   }
 
   bool Supports(const OpDesc& desc) const override {
-    return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.head_dim <= kMaxHeadDim &&
+    // Attention multiplies in steps of 16 dimensions.
+    return desc.head_dim > 0 && desc.head_dim % 16 == 0 && desc.head_dim <= kMaxHeadDim &&
            desc.block_entries > 0 && desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) &&
            !IsQuantized(desc.weight_dtype);
   }

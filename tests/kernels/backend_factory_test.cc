@@ -145,7 +145,7 @@ TEST_P(BuiltDevice, UnalignedWeightsAreLoadedRight) {
 
 TEST_P(BuiltDevice, SupportsWhatTheOpsCanDo) {
   EXPECT_TRUE(backend_->Supports({DType::kBF16, KvFormat::kF32, 64, 16}));
-  EXPECT_TRUE(backend_->Supports({DType::kF16, KvFormat::kBF16, 8, 32}));
+  EXPECT_TRUE(backend_->Supports({DType::kF16, KvFormat::kBF16, 16, 32}));
   EXPECT_FALSE(backend_->Supports({DType::kF32, KvFormat::kF32, 0, 16}));
   EXPECT_FALSE(backend_->Supports({DType::kF32, KvFormat::kF32, 65, 16}));
   EXPECT_FALSE(backend_->Supports({DType::kF32, KvFormat::kF32, 64, 24}));
