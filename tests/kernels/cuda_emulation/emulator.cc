@@ -32,8 +32,8 @@ constexpr int kLanes = 32;
 // Accesses are told apart down to this: no element of a shared array is smaller.
 constexpr size_t kGranule = 2;
 
-// What happened last at one granule of shared memory. Epochs count barriers over all blocks ever run, so that an
-// old record never meets a new one.
+// What happened last at one granule of shared memory. Epochs count barriers over all blocks ever run, so that
+// an old record never meets a new one.
 struct Record {
   uint64_t written = 0, read = 0;            // block epoch
   uint64_t warp_written = 0, warp_read = 0;  // warp epoch of the thread
@@ -74,6 +74,9 @@ struct Warp {
   std::byte result[kLanes * kMaxExchangeBytes];
 };
 
+// Thrown through the kernel of the thread with a finding, up to where its fiber began.
+struct Abandoned {};
+
 class Machine {
  public:
   std::string Run(const char* name, const Index3& grid, const Index3& block, size_t shared_bytes,
@@ -95,7 +98,7 @@ class Machine {
   void MakeStacks();
   void Start(int thread);
   void SwitchTo(int thread);
-  void SwitchBack(bool for_good);
+  void SwitchBack();
   void Wait(Fiber::State state, const char* kind, const void* data, size_t bytes, const char* file, int line);
   void RunBlock(bool forward);
   bool Release();
@@ -152,9 +155,12 @@ void Machine::Entry() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack_, &machine.scheduler_stack_bytes_);
 #endif
   for (;;) {
-    (*machine.kernel_)();
+    try {
+      (*machine.kernel_)();
+    } catch (const Abandoned&) {
+    }
     machine.current().state = Fiber::kDone;
-    machine.SwitchBack(/*for_good=*/false);
+    machine.SwitchBack();
   }
 }
 
@@ -184,15 +190,12 @@ void Machine::SwitchTo(int thread) {
 #endif
 }
 
-// for_good: the fiber is not resumed; what it left on its stack is forgotten.
-void Machine::SwitchBack(bool for_good) {
-  Fiber& fiber = current();
+void Machine::SwitchBack() {
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+  __sanitizer_start_switch_fiber(&fake_stack, scheduler_stack_, scheduler_stack_bytes_);
 #endif
-  fiber.started = !for_good;
-  swapcontext(&fiber.context, &scheduler_);
+  swapcontext(&current().context, &scheduler_);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 #endif
@@ -214,8 +217,7 @@ void Machine::Fail(const std::string& what) {
     error_ = absl::StrCat("kernel ", name_, ", block (", blockIdx.x, ",", blockIdx.y, ",", blockIdx.z, "), ",
                           Where(current_), ": ", what);
   }
-  SwitchBack(/*for_good=*/true);
-  std::abort();  // not reached
+  throw Abandoned();
 }
 
 void Machine::Wait(Fiber::State state, const char* kind, const void* data, size_t bytes, const char* file,
@@ -227,7 +229,7 @@ void Machine::Wait(Fiber::State state, const char* kind, const void* data, size_
   fiber.line = line;
   fiber.bytes = bytes;
   if (bytes != 0) std::memcpy(fiber.data, data, bytes);
-  SwitchBack(/*for_good=*/false);
+  SwitchBack();
 }
 
 const std::byte* Machine::Exchange(const char* kind, const void* data, size_t bytes, const char* file,
