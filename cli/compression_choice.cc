@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "spdlog/spdlog.h"
 
 namespace atp {
 
@@ -69,9 +70,31 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   return choice;
 }
 
+CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model,
+                                              const CompressionChoice& own) {
+  if (!config.atp.allow_override) return nullptr;
+  const int own_bits = own.exact() ? 8 : own.bits;
+  const int block_tokens = config.kv_cache.block_tokens;
+  return [atp = config.atp, model_dir = config.model.path, model, block_tokens,
+          own_bits](const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
+    if (wanted.preset == "exact") return CompressionSettings();
+    AtpConfig asked = atp;
+    asked.preset = wanted.preset.value_or("auto");
+    asked.ratio = wanted.ratio.value_or(0);
+    asked.bits = wanted.bits.value_or(wanted.preset ? 0 : wanted.ratio == 1.0 ? 16 : own_bits);
+    absl::StatusOr<CompressionChoice> choice = ChooseCompression(asked, model_dir, model, block_tokens);
+    if (choice.ok()) return choice->settings;
+    // It names a file of the operator's: for the log, not for the client.
+    spdlog::warn("event=override_refused status=\"{}\"", choice.status().ToString());
+    return absl::InvalidArgumentError(
+        absl::StrCat("atp: the server's budgets (atp.budgets) cannot be shared for a mean ratio of ",
+                     asked.ratio > 0 ? asked.ratio : BudgetOf(asked.preset).ratio, "; its log says why"));
+  };
+}
+
 CompressionShape CompressionShapeOf(const LlamaConfig& model, int block_tokens, KvFormat format,
                                     int max_positions) {
-  const KvPage page(format, block_tokens, model.head_dim, /*with_log_mass=*/true);
+  const KvPage page(format, block_tokens, model.head_dim, /*with_log_mass=*/false);
   CompressionShape shape;
   shape.layers = model.layers;
   shape.heads = model.heads;

@@ -9,6 +9,7 @@
 #include "config/config.h"
 #include "engine/compression_budgets.h"
 #include "engine/compression_plan.h"
+#include "engine/compression_plans.h"
 #include "engine/llama_config.h"
 #include "kernels/kv_page.h"
 
@@ -39,6 +40,12 @@ PresetBudget BudgetOf(const std::string& preset);
 // Reads the budgets file where there is one. Errors name the setting or the file.
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
                                                     const LlamaConfig& model, int block_tokens);
+
+// What requests that bring an override get on a server whose own choice is `own`: its segments, window,
+// sinks, cap and budgets. A ratio without bits has the server's, 8 where it is exact; a ratio of 1 is then
+// exact. Null where atp.allow_override is off.
+CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model,
+                                              const CompressionChoice& own);
 
 // Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`.
 std::string BudgetsFileOf(const std::string& model_dir);

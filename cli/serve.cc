@@ -103,6 +103,7 @@ absl::Status Server::Start() {
   rest_ = *std::move(rest);
   spdlog::info("listening http={} metrics={} state=loading", Address(config_.server.host, rest_->http_port()),
                Address(config_.server.host, rest_->metrics_port()));
+  if (absl::Status s = GrpcServer::CheckPort(config_.server); !s.ok()) return s;
   if (absl::Status s = Load(); !s.ok()) return s;
 
   metrics_.Attach(&*service_);

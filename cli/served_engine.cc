@@ -131,6 +131,7 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config,
   options.kv_format = loaded->kv_format;
   options.prefix_cache = config.kv_cache.prefix_cache;
   options.compression = loaded->compression.settings;
+  options.override_settings = OverrideSettings(config, loaded->model->config(), loaded->compression);
   options.max_batch_tokens = config.scheduler.max_batch_tokens;
   options.max_prefill_chunk_tokens = config.scheduler.max_prefill_chunk_tokens;
   options.max_running_sequences = config.scheduler.max_running_requests;

@@ -48,6 +48,7 @@ struct AtpConfig {
   int window_tokens = 256;       // newest tokens that stay exact; the same, or 0
   int sink_tokens = 4;           // first tokens that stay as they are
   int max_principal_keys = 0;    // per kv head; 0: as many as there are
+  bool allow_override = true;    // requests may choose their own preset or ratio
   std::string budgets = "auto";  // auto (atp_budgets.json beside the model, where it is) | uniform | a path
 };
 

@@ -138,6 +138,9 @@ std::vector<Setting> MakeTable() {
        .meaning =
            "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
            "where it is), uniform, or a file"},
+      {.key = "atp.allow_override",
+       .member = ATP_MEMBER(bool, atp.allow_override),
+       .meaning = "a request may bring a preset or a ratio of its own"},
 
       {.key = "server.host",
        .member = ATP_MEMBER(String, server.host),

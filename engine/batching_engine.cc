@@ -52,11 +52,12 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* 
   shape.head_dim = config.head_dim;
   shape.block_tokens = options.block_tokens;
   shape.format = options.kv_format;
-  shape.compressible = Compresses(options.compression);
-  if (shape.compressible) {
-    shape.block_bytes =
-        CompressedBlockBytes(options.compression, shape.format, shape.block_tokens, shape.head_dim);
-  }
+  // Blocks are made for the engine's own plan: that others may be asked for costs nobody a byte.
+  const bool compresses = Compresses(options.compression);
+  shape.compressible = compresses || options.override_settings != nullptr;
+  shape.block_bytes =
+      compresses ? CompressedBlockBytes(options.compression, shape.format, shape.block_tokens, shape.head_dim)
+                 : KvPage(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false).bytes();
   absl::StatusOr<KvCache> kv_cache = KvCache::Create(backend, shape, options.kv_memory_bytes);
   if (!kv_cache.ok()) return kv_cache.status();
   CompressionShape compression;
@@ -68,16 +69,18 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* 
   compression.block_tokens = options.block_tokens;
   compression.query_blocks_per_head = kv_cache->query_page().blocks_per_head();
   compression.max_positions = MaxPositions(config);
+  compression.block_bytes = kv_cache->block_bytes();
   absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan =
       MakeCompressionPlan(options.compression, compression);
   if (!plan.ok()) return plan.status();
-  return std::unique_ptr<BatchingEngine>(
-      new BatchingEngine(model, tokenizer, options, observer, *std::move(kv_cache), *std::move(plan)));
+  return std::unique_ptr<BatchingEngine>(new BatchingEngine(
+      model, tokenizer, options, observer, *std::move(kv_cache), compression, *std::move(plan)));
 }
 
 BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
                                const BatchingEngineOptions& options, EngineObserver* observer,
-                               KvCache kv_cache, std::shared_ptr<const CompressionPlan> plan)
+                               KvCache kv_cache, const CompressionShape& shape,
+                               std::shared_ptr<const CompressionPlan> plan)
     : model_(model),
       tokenizer_(tokenizer),
       eos_(options.eos_token_ids),
@@ -85,7 +88,7 @@ BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
       vocab_size_(static_cast<int>(model->config().vocab_size)),
       max_positions_(MaxPositions(model->config())),
       kv_cache_(std::move(kv_cache)),
-      plan_(std::move(plan)),
+      plans_(std::move(plan), shape, options.override_settings),
       queue_(options.max_waiting_requests),
       scheduler_(MakeSchedulerOptions(options, model->limits(), kv_cache_, max_positions_)),
       sampler_(vocab_size_),
@@ -112,15 +115,17 @@ absl::StatusOr<RequestId> BatchingEngine::Submit(Request request, std::shared_pt
         "stop: this model has no tokenizer, so stop strings cannot be found; "
         "use stop_token_ids");
   }
+  absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan = plans_.For(request.compression);
+  if (!plan.ok()) return plan.status();
   const int prompt_tokens =
       static_cast<int>(std::min<size_t>(request.prompt.size(), std::numeric_limits<int>::max()));
-  if (absl::Status s = scheduler_.CheckFits(prompt_tokens, request.sampling.max_tokens, plan_.get()); !s.ok())
+  if (absl::Status s = scheduler_.CheckFits(prompt_tokens, request.sampling.max_tokens, plan->get()); !s.ok())
     return s;
   if (!request.sampling.seed) {
     std::random_device random;
     request.sampling.seed = static_cast<uint64_t>(random()) << 32 | random();
   }
-  return queue_.Push(std::move(request), std::move(sink));
+  return queue_.Push(std::move(request), std::move(sink), *std::move(plan));
 }
 
 EngineStats BatchingEngine::Stats() const {
@@ -165,6 +170,7 @@ bool BatchingEngine::TakeIntake() {
 }
 
 void BatchingEngine::Start(Submission submission) {
+  const std::shared_ptr<const CompressionPlan> plan = submission.plan;
   auto active = std::make_shared<ActiveRequest>(std::move(submission));
   const Request& request = *active->request;
   const int max_new_tokens =
@@ -178,7 +184,7 @@ void BatchingEngine::Start(Submission submission) {
       continue;
     }
     const absl::Status admitted = scheduler_.Admit(
-        std::make_unique<Sequence>(active->id, active->request, i, max_new_tokens, std::move(stream), plan_));
+        std::make_unique<Sequence>(active->id, active->request, i, max_new_tokens, std::move(stream), plan));
     if (!admitted.ok()) {
       // Submit asked the same question of the same constants.
       spdlog::critical("event=bug what=\"an accepted request does not fit\" request={} status=\"{}\"",

@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "engine/answer_stream.h"
 #include "engine/compression_plan.h"
+#include "engine/compression_plans.h"
 #include "engine/engine.h"
 #include "engine/kv_cache.h"
 #include "engine/llama_model.h"
@@ -36,7 +37,8 @@ struct BatchingEngineOptions {
   int max_running_sequences = 64;
   int max_waiting_requests = 1024;
   std::vector<TokenId> eos_token_ids;  // end an answer, unless it ignores them
-  CompressionSettings compression;     // of every request; the defaults compress nothing
+  CompressionSettings compression;     // of requests that bring no override; the defaults compress nothing
+  CompressionPlans::SettingsOf override_settings;  // of the others; null: they are refused
 };
 
 class BatchingEngine : public Engine {
@@ -58,12 +60,13 @@ class BatchingEngine : public Engine {
   absl::Duration RetryAfter() const override { return queue_.RetryAfter(); }
 
   const KvCache& kv_cache() const { return kv_cache_; }
-  const CompressionPlan* plan() const { return plan_.get(); }  // null: exact
-  int max_context_tokens() const { return max_positions_; }    // prompt and answer together
+  const CompressionPlan* plan() const { return plans_.own().get(); }  // without an override; null: exact
+  int max_context_tokens() const { return max_positions_; }           // prompt and answer together
 
  private:
   BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer, const BatchingEngineOptions& options,
-                 EngineObserver* observer, KvCache kv_cache, std::shared_ptr<const CompressionPlan> plan);
+                 EngineObserver* observer, KvCache kv_cache, const CompressionShape& shape,
+                 std::shared_ptr<const CompressionPlan> plan);
 
   // What the engine thread does.
   void Run();
@@ -87,7 +90,7 @@ class BatchingEngine : public Engine {
   const int vocab_size_;
   const int max_positions_;
   const KvCache kv_cache_;
-  const std::shared_ptr<const CompressionPlan> plan_;
+  CompressionPlans plans_;  // used by front ends' threads
 
   RequestQueue queue_;   // shared with front ends' threads
   Scheduler scheduler_;  // CheckFits and MaxNewTokens from any thread, the rest is the engine thread's

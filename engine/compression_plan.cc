@@ -29,11 +29,27 @@ bool HasIntegers(const CompressionSettings& settings) {
                      [](int bits) { return bits < 16; });
 }
 
+std::optional<KvPage> PageOf(const CompressionShape& shape, int bits) {
+  if (shape.block_bytes == 0) return PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, bits);
+  return PrincipalPageWithin(shape.block_bytes, shape.format, shape.block_tokens, shape.head_dim, bits);
+}
+
 }  // namespace
 
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits) {
   const KvFormat format = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
   return KvPage(format, block_tokens * (BitsOf(exact) / BitsOf(format)), head_dim, /*with_log_mass=*/true);
+}
+
+std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
+                                          int bits) {
+  const KvPage whole = PrincipalPage(exact, block_tokens, head_dim, bits);
+  if (whole.bytes() <= block_bytes) return whole;
+  for (int entries = (whole.entries() - 1) / 16 * 16; entries > 0; entries -= 16) {
+    const KvPage page(whole.format(), entries, head_dim, /*with_log_mass=*/true);
+    if (page.bytes() <= block_bytes) return page;
+  }
+  return std::nullopt;
 }
 
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
@@ -64,7 +80,7 @@ CompressionPlan::CompressionPlan(const CompressionSettings& settings, const Comp
     head_page_.push_back(static_cast<int>(known - page_bits.begin()));
     if (known != page_bits.end()) continue;
     page_bits.push_back(b);
-    pages_.push_back(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, b));
+    pages_.push_back(*PageOf(shape, b));
   }
   // The first segment k with (k + 1) · count > cap in some head.
   const int largest = *std::max_element(counts_.begin(), counts_.end());
@@ -188,6 +204,12 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
   for (const int b : bits) {
     if (b != 16 && b != 8 && b != 4)
       return absl::InvalidArgumentError(absl::StrCat("atp.bits: expected 16, 8 or 4, found ", b));
+    if (!PageOf(shape, b)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("atp.bits: the server's KV blocks of ", shape.block_bytes,
+                       " bytes are made for exact entries and have no room for compressed ones of ", b,
+                       " bits; take fewer bits"));
+    }
   }
   const bool compresses = settings.max_principal_keys > 0 || HasIntegers(settings) ||
                           std::any_of(counts.begin(), counts.end(),

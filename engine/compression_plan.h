@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -51,11 +52,17 @@ struct CompressionShape {
   KvFormat format = KvFormat::kF32;  // of exact entries
   int query_blocks_per_head = 1;     // QueryPage::blocks_per_head()
   int max_positions = 0;
+  size_t block_bytes =
+      0;  // that a page must fit into; 0: blocks are made for the plan (CompressedBlockBytes)
 };
 
 // The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
 // many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4.
 KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
+// The same with fewer entries, a multiple of 16, where a block of `block_bytes` has no room for that many:
+// such as an exact one, which leaves none for scales and log masses. None where not even 16 fit.
+std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
+                                          int bits);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
                             int head_dim);

@@ -105,11 +105,12 @@ KvCache::KvCache(const Shape& shape)
     : shape_(shape),
       page_(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false),
       block_bytes_(page_.bytes()),
-      query_page_(PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16).bytes(),
-                  kPrincipalSamples, shape.head_dim) {
+      query_page_(page_.bytes(), kPrincipalSamples, shape.head_dim) {
   if (!shape.compressible) return;
-  const KvPage principal = PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16);
-  block_bytes_ = std::max({block_bytes_, principal.bytes(), shape.block_bytes});
+  const size_t wanted = shape.block_bytes > 0
+                            ? shape.block_bytes
+                            : PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, 16).bytes();
+  block_bytes_ = std::max(block_bytes_, wanted);
 }
 
 size_t AvailableMemoryBytes(const std::string& root) {

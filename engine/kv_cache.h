@@ -21,7 +21,9 @@ class KvCache {
     int block_tokens = 16;  // a multiple of 16
     KvFormat format = KvFormat::kF32;
     bool compressible = false;  // some sequences may hold principal entries
-    size_t block_bytes = 0;     // at least; what the pages of principal entries need (CompressedBlockBytes)
+    // Of a compressible cache: at least, what its pages need (CompressedBlockBytes). 0: those of 16 bits. As
+    // many as an exact page: principal entries take what room there is (PrincipalPageWithin).
+    size_t block_bytes = 0;
 
     int heads_total() const { return layers * kv_heads; }  // blocks per block_tokens exact tokens
   };

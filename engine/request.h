@@ -36,12 +36,21 @@ struct SamplingParams {
   std::optional<int> logprobs;  // k: log probability of each chosen token, and of the k most likely ones
 };
 
+// How far a request wants its history compressed, instead of as the server does it. Either a preset or a
+// ratio; ValidateOverride() in engine/compression_plans.h checks the ranges.
+struct CompressionOverride {
+  std::optional<std::string> preset;  // exact | quality | balanced | compact
+  std::optional<double> ratio;        // principal entries per token, (0, 1]; rounded to 1/64
+  std::optional<int> bits;            // with a ratio: per element, 16 | 8 | 4
+};
+
 struct Request {
   std::string external_id;  // the client's x-request-id, for logs
   std::vector<TokenId> prompt;
   SamplingParams sampling;
   bool echo_prompt = false;  // the answer begins with the prompt (and its log probabilities, where asked for)
-  int priority = 0;          // higher runs first; FCFS inside a class
+  std::optional<CompressionOverride> compression;  // none: as the server does it
+  int priority = 0;                                // higher runs first; FCFS inside a class
   absl::Time deadline = absl::InfiniteFuture();
 };
 

@@ -22,10 +22,12 @@ constexpr absl::Duration kLongest = absl::Hours(24 * 365);
 
 }  // namespace
 
-absl::StatusOr<RequestId> RequestQueue::Push(Request request, std::shared_ptr<OutputSink> sink) {
+absl::StatusOr<RequestId> RequestQueue::Push(Request request, std::shared_ptr<OutputSink> sink,
+                                             std::shared_ptr<const CompressionPlan> plan) {
   Submission submission;
   submission.request = std::make_shared<const Request>(std::move(request));
   submission.sink = std::move(sink);
+  submission.plan = std::move(plan);
   submission.submitted = absl::Now();
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return absl::UnavailableError("the server is shutting down and takes no new requests");

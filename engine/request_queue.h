@@ -15,10 +15,13 @@
 
 namespace atp {
 
+class CompressionPlan;
+
 struct Submission {
   RequestId id = 0;
   std::shared_ptr<const Request> request;
   std::shared_ptr<OutputSink> sink;
+  std::shared_ptr<const CompressionPlan> plan;  // how its history is compressed; null: exact
   absl::Time submitted;
 };
 
@@ -31,7 +34,8 @@ class RequestQueue {
   // --- any thread but the engine's ---
 
   // ResourceExhausted when full, Unavailable when closed.
-  absl::StatusOr<RequestId> Push(Request request, std::shared_ptr<OutputSink> sink);
+  absl::StatusOr<RequestId> Push(Request request, std::shared_ptr<OutputSink> sink,
+                                 std::shared_ptr<const CompressionPlan> plan = nullptr);
   void Cancel(RequestId id);  // any thread, the engine's too
   // Closes, waits until every request has ended, and after `timeout` tells the engine to end the rest (and
   // waits for that, too). DeadlineExceeded, with the number, when there was a rest. Can be called again, by

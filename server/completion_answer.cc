@@ -102,7 +102,9 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
     input.prompt = std::move(call.prompts[i]);
     input.sampling = call.sampling;
     input.max_tokens_given = call.max_tokens_given;
+    input.add_generation_prompt = call.add_generation_prompt;
     input.echo = call.echo;
+    input.compression = call.compression;
     input.priority = call.priority;
     input.deadline = deadline;
     input.external_id = request_id;

@@ -11,6 +11,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "engine/compression_plans.h"
 #include "engine/sampler.h"
 
 namespace atp {
@@ -61,6 +62,16 @@ absl::Status CheckSampling(const SamplingParams& sampling, int vocab_size) {
   return WithField(status, message.substr(0, message.find(' ')));
 }
 
+absl::Status CheckCompression(const std::optional<CompressionOverride>& compression,
+                              const AtpConfig& config) {
+  if (!compression) return absl::OkStatus();
+  if (!config.allow_override) {
+    return absl::InvalidArgumentError(
+        "atp: this server does not let requests choose their compression (atp.allow_override); leave it out");
+  }
+  return ValidateOverride(*compression);
+}
+
 using Digest = std::array<unsigned char, SHA256_DIGEST_LENGTH>;
 
 // Digests have one length, so that the comparison below tells nothing about the length of a key either.
@@ -86,11 +97,12 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
         absl::StrCat("model: '", input.model, "' is not served here; this server serves '", model_.id, "'"));
   }
   if (absl::Status s = CheckLimits(input.sampling, config_.limits); !s.ok()) return s;
+  if (absl::Status s = CheckCompression(input.compression, config_.atp); !s.ok()) return s;
 
   Request request;
   request.sampling = std::move(input.sampling);
   const bool is_chat = std::holds_alternative<std::vector<ChatMessage>>(input.prompt);
-  absl::StatusOr<std::vector<TokenId>> prompt = EncodePrompt(input.prompt);
+  absl::StatusOr<std::vector<TokenId>> prompt = EncodePrompt(input.prompt, input.add_generation_prompt);
   if (!prompt.ok()) return prompt.status();
   request.prompt = *std::move(prompt);
   const int prompt_tokens = static_cast<int>(request.prompt.size());
@@ -103,6 +115,7 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
 
   request.external_id = std::move(input.external_id);
   request.echo_prompt = input.echo;
+  request.compression = std::move(input.compression);
   request.priority = input.priority;
   request.deadline = input.deadline;
   if (request.deadline == absl::InfiniteFuture() && config_.scheduler.default_timeout_ms > 0) {
@@ -113,8 +126,10 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   return Submitted{*id, prompt_tokens};
 }
 
-absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptInput& prompt) const {
-  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) return TokenizeChat(*messages);
+absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptInput& prompt,
+                                                                   bool add_generation_prompt) const {
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt))
+    return TokenizeChat(*messages, add_generation_prompt);
   std::vector<TokenId> ids;
   if (const auto* text = std::get_if<std::string>(&prompt)) {
     ids = tokenizer_->Encode(*text, /*add_special=*/true, /*parse_special=*/false);
@@ -169,11 +184,11 @@ absl::StatusOr<std::vector<TokenId>> GenerateService::Tokenize(std::string_view 
   return tokenizer_->Encode(text, add_special, /*parse_special=*/false);
 }
 
-absl::StatusOr<std::vector<TokenId>> GenerateService::TokenizeChat(
-    const std::vector<ChatMessage>& messages) const {
+absl::StatusOr<std::vector<TokenId>> GenerateService::TokenizeChat(const std::vector<ChatMessage>& messages,
+                                                                   bool add_generation_prompt) const {
   if (messages.empty()) return absl::InvalidArgumentError("messages: must have at least one message");
   absl::StatusOr<std::vector<TokenId>> ids =
-      chat_template_.Render(messages, *tokenizer_, /*add_generation_prompt=*/true);
+      chat_template_.Render(messages, *tokenizer_, add_generation_prompt);
   if (ids.ok() && ids->empty()) return absl::InvalidArgumentError("messages: the conversation has no tokens");
   return ids;
 }

@@ -40,7 +40,9 @@ struct GenerateInput {
   SamplingParams sampling;
   bool max_tokens_given =
       false;  // else sampling.max_tokens becomes what fits (chat, gRPC) — set by the service
+  bool add_generation_prompt = true;  // of a conversation: open the assistant's answer
   bool echo = false;
+  std::optional<CompressionOverride> compression;  // none: as the server does it
   int priority = 0;
   absl::Time deadline = absl::InfiniteFuture();  // infinite: scheduler.default_timeout_ms from now
   std::string external_id;
@@ -64,7 +66,8 @@ class GenerateService {
   void Cancel(RequestId id) { engine_->Cancel(id); }
 
   absl::StatusOr<std::vector<TokenId>> Tokenize(std::string_view text, bool add_special) const;
-  absl::StatusOr<std::vector<TokenId>> TokenizeChat(const std::vector<ChatMessage>& messages) const;
+  absl::StatusOr<std::vector<TokenId>> TokenizeChat(const std::vector<ChatMessage>& messages,
+                                                    bool add_generation_prompt = true) const;
   absl::StatusOr<std::string> Detokenize(
       const std::vector<TokenId>& tokens) const;  // InvalidArgument for ids out of range
   const Tokenizer& tokenizer() const { return *tokenizer_; }
@@ -82,7 +85,8 @@ class GenerateService {
   bool ready() const { return ready_.load(); }
 
  private:
-  absl::StatusOr<std::vector<TokenId>> EncodePrompt(const PromptInput& prompt) const;
+  absl::StatusOr<std::vector<TokenId>> EncodePrompt(const PromptInput& prompt,
+                                                    bool add_generation_prompt) const;
   void AddTemplateStops(SamplingParams* sampling) const;
   // Refuses a prompt that leaves no room for an answer, and sets max_tokens to what fits where it was not
   // given.

@@ -30,6 +30,14 @@ SamplingParams SamplingFromProto(const v1::SamplingParams& in) {
   return out;
 }
 
+CompressionOverride CompressionFromProto(const v1::Compression& in) {
+  CompressionOverride out;
+  if (in.budget_case() == v1::Compression::kPreset) out.preset = in.preset();
+  if (in.budget_case() == v1::Compression::kRatio) out.ratio = in.ratio();
+  if (in.has_bits()) out.bits = in.bits();
+  return out;
+}
+
 void FillLogprob(const TokenLogprob& in, const Tokenizer& tokenizer, v1::TokenLogprob* out) {
   out->set_token(in.token);
   out->set_logprob(in.logprob);
@@ -73,6 +81,7 @@ absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request) {
   input.max_tokens_given = request.sampling().has_max_tokens();
   input.echo = request.sampling().echo();
   input.priority = request.priority();
+  if (request.has_atp()) input.compression = CompressionFromProto(request.atp());
   return input;
 }
 

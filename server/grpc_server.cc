@@ -7,7 +7,10 @@
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
+#include <netdb.h>
 #include <spdlog/spdlog.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <limits>
@@ -159,29 +162,51 @@ void SetLimits(const ServerConfig& config, grpc::ServerBuilder* builder) {
   builder->SetResourceQuota(quota);
 }
 
-absl::Status GrpcServerImpl::Listen(const ServerConfig& config) {
+std::string AddressOf(const ServerConfig& config) {
   const bool is_ipv6 = config.host.find(':') != std::string::npos;
-  const std::string host = is_ipv6 ? absl::StrCat("[", config.host, "]") : config.host;
-  const std::string address = absl::StrCat(host, ":", config.grpc_port);
+  return absl::StrCat(is_ipv6 ? absl::StrCat("[", config.host, "]") : config.host, ":", config.grpc_port);
+}
 
+absl::Status CannotListen(const ServerConfig& config) {
+  return absl::UnavailableError(absl::StrCat(
+      "cannot listen for gRPC on ", AddressOf(config),
+      ": the port is in use or the address is not of this machine; choose another with --grpc-port "
+      "(server.grpc_port) or server.host"));
+}
+
+absl::Status GrpcServerImpl::Listen(const ServerConfig& config) {
   gpr_set_log_function(&LogGrpcLine);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   SetLimits(config, &builder);
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port_);
+  builder.AddListeningPort(AddressOf(config), grpc::InsecureServerCredentials(), &port_);
   builder.RegisterService(&inference_);
   server_ = builder.BuildAndStart();
-  if (server_ == nullptr || port_ == 0) {
-    return absl::UnavailableError(absl::StrCat(
-        "cannot listen for gRPC on ", address,
-        ": the port is taken or the address is not of this machine; choose another with --grpc-port "
-        "(server.grpc_port) or server.host"));
-  }
-  return absl::OkStatus();
+  return server_ == nullptr || port_ == 0 ? CannotListen(config) : absl::OkStatus();
 }
 
 }  // namespace
+
+absl::Status GrpcServer::CheckPort(const ServerConfig& config) {
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+  addrinfo* addresses = nullptr;
+  if (getaddrinfo(config.host.c_str(), std::to_string(config.grpc_port).c_str(), &hints, &addresses) != 0)
+    return CannotListen(config);
+  bool free = false;
+  for (const addrinfo* a = addresses; a != nullptr && !free; a = a->ai_next) {
+    const int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
+    if (fd < 0) continue;
+    const int reuse = 1;  // as the server has it: connections of the one before do not hold the port
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &reuse, sizeof(reuse));
+    free = bind(fd, a->ai_addr, a->ai_addrlen) == 0 && listen(fd, 1) == 0;
+    close(fd);
+  }
+  freeaddrinfo(addresses);
+  return free ? absl::OkStatus() : CannotListen(config);
+}
 
 absl::StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::Start(const Config& config, GenerateService* service,
                                                               Metrics* metrics) {

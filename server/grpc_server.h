@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "server/generate_service.h"
@@ -13,6 +14,8 @@ namespace atp {
 
 class GrpcServer {
  public:
+  // Unavailable where Start would fail for its port, to be asked before a long load of a model.
+  static absl::Status CheckPort(const ServerConfig& config);
   // Binds server.grpc_port and serves. `service` and `metrics` outlive the server.
   static absl::StatusOr<std::unique_ptr<GrpcServer>> Start(const Config& config, GenerateService* service,
                                                            Metrics* metrics);

@@ -250,7 +250,7 @@ HttpRouter::Answer HttpRouter::Tokenize(const Call& call) const {
   if (absl::Status s = CheckModel(*call.service, parsed->model); !s.ok()) return Error(s, call.service);
   const auto* messages = std::get_if<std::vector<ChatMessage>>(&parsed->input);
   absl::StatusOr<std::vector<TokenId>> tokens =
-      messages != nullptr ? call.service->TokenizeChat(*messages)
+      messages != nullptr ? call.service->TokenizeChat(*messages, parsed->add_generation_prompt)
                           : call.service->Tokenize(std::get<std::string>(parsed->input), parsed->add_special);
   if (!tokens.ok()) return Error(tokens.status(), call.service);
   return Json(RenderTokens(*tokens, call.service->model().max_context_tokens));

@@ -131,6 +131,13 @@ void JsonObject::Read(std::string_view name, bool* value) const {
   *value = found->get<bool>();
 }
 
+void JsonObject::Read(std::string_view name, double* value) const {
+  const json* found = Find(name);
+  if (found == nullptr) return;
+  if (!found->is_number()) return Fail(name, absl::StrCat("must be a number, got ", Describe(*found)));
+  *value = found->get<double>();
+}
+
 void JsonObject::Read(std::string_view name, float* value) const {
   const json* found = Find(name);
   if (found == nullptr) return;

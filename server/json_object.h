@@ -40,6 +40,7 @@ class JsonObject {
   // The value is left alone when the field is absent or wrong.
   void Read(std::string_view name, bool* value) const;
   void Read(std::string_view name, float* value) const;
+  void Read(std::string_view name, double* value) const;
   void Read(std::string_view name, std::string* value) const;
   void Read(std::string_view name, int* value) const;  // any int32
   void Read(std::string_view name, int min, int max, int* value) const;

@@ -31,6 +31,8 @@ struct CompletionCall {
   SamplingParams sampling;
   bool max_tokens_given = false;
   bool echo = false;
+  bool add_generation_prompt = true;               // of a chat: open the assistant's answer
+  std::optional<CompressionOverride> compression;  // "atp": {"preset"} or {"ratio", "bits"}, not OpenAI's
   int priority = 0;
   bool stream = false;
   bool include_usage = false;  // stream_options.include_usage
@@ -44,6 +46,7 @@ struct TokenizeCall {
   std::string model;
   std::variant<std::string, std::vector<ChatMessage>> input;
   bool add_special = true;
+  bool add_generation_prompt = true;
 };
 absl::StatusOr<TokenizeCall> ParseTokenizeCall(std::string_view body);
 

@@ -36,9 +36,30 @@ void ReadLogitBias(const JsonObject& body, SamplingParams* sampling) {
   }
 }
 
+// "atp": {"preset": "compact"} or {"ratio": 0.25, "bits": 4}. Ranges are GenerateService's to check.
+void ReadCompression(const JsonObject& body, absl::Status* status,
+                     std::optional<CompressionOverride>* compression) {
+  const json* found = body.Find("atp");
+  if (found == nullptr) return;
+  if (!found->is_object()) {
+    return body.Fail("atp", absl::StrCat("must be an object with preset or ratio, got ", Describe(*found)));
+  }
+  const JsonObject atp(found, status, "atp.");
+  for (const auto& item : found->items()) {
+    if (item.key() == "preset" || item.key() == "ratio" || item.key() == "bits") continue;
+    return body.Fail("atp",
+                     absl::StrCat("has preset, ratio and bits, but no '", item.key().substr(0, 32), "'"));
+  }
+  CompressionOverride& wanted = compression->emplace();
+  if (atp.Find("preset") != nullptr) atp.Read("preset", &wanted.preset.emplace());
+  if (atp.Find("ratio") != nullptr) atp.Read("ratio", &wanted.ratio.emplace());
+  if (atp.Find("bits") != nullptr) atp.Read("bits", &wanted.bits.emplace());
+}
+
 // Everything that both kinds of completion have. Ranges of sampling parameters are GenerateService's to
 // check.
-void ReadCommon(const JsonObject& body, const LimitsConfig& limits, CompletionCall* call) {
+void ReadCommon(const JsonObject& body, absl::Status* status, const LimitsConfig& limits,
+                CompletionCall* call) {
   SamplingParams& sampling = call->sampling;
   body.Read("model", &call->model);
   body.Read("temperature", &sampling.temperature);
@@ -65,6 +86,7 @@ void ReadCommon(const JsonObject& body, const LimitsConfig& limits, CompletionCa
   body.Read("best_of", &best_of);
   if (best_of != sampling.n) body.Fail("best_of", absl::StrCat("must be n (", sampling.n, ") or absent"));
   body.Read("priority", &call->priority);
+  ReadCompression(body, status, &call->compression);
   std::string user;
   body.Read("user", &user);  // nothing is done with it, but a wrong type is a mistake worth telling
   body.Read("stream", &call->stream);
@@ -168,11 +190,8 @@ void ReadMessages(const JsonObject& body, absl::Status* status, std::vector<Chat
   }
 }
 
-// The template always ends with the header of the assistant's turn.
-void RequireGenerationPrompt(const JsonObject& body) {
-  bool add_generation_prompt = true;
-  body.Read("add_generation_prompt", &add_generation_prompt);
-  if (!add_generation_prompt) body.Fail("add_generation_prompt", "only true is supported by this server");
+void ReadGenerationPrompt(const JsonObject& body, bool* add_generation_prompt) {
+  body.Read("add_generation_prompt", add_generation_prompt);
   body.Refuse({"continue_final_message"});
 }
 
@@ -184,7 +203,7 @@ absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view text, const 
   absl::Status status;
   const JsonObject body(&*parsed, &status);
   CompletionCall call;
-  ReadCommon(body, limits, &call);
+  ReadCommon(body, &status, limits, &call);
   ReadPrompts(body, limits, &call);
   body.Read("echo", &call.echo);
   std::string suffix;
@@ -209,11 +228,11 @@ absl::StatusOr<CompletionCall> ParseChatCall(std::string_view text, const Limits
   const JsonObject body(&*parsed, &status);
   CompletionCall call;
   call.chat = true;
-  ReadCommon(body, limits, &call);
+  ReadCommon(body, &status, limits, &call);
   std::vector<ChatMessage> messages;
   ReadMessages(body, &status, &messages);
   call.prompts.emplace_back(std::move(messages));
-  RequireGenerationPrompt(body);
+  ReadGenerationPrompt(body, &call.add_generation_prompt);
   body.Refuse({"tools", "functions", "audio", "web_search_options"});
   for (std::string_view name : {"tool_choice", "function_call"}) {
     const json* found = body.Find(name);
@@ -250,7 +269,7 @@ absl::StatusOr<TokenizeCall> ParseTokenizeCall(std::string_view text) {
   if (body.Find("messages") != nullptr) {
     std::vector<ChatMessage> messages;
     ReadMessages(body, &status, &messages);
-    RequireGenerationPrompt(body);
+    ReadGenerationPrompt(body, &call.add_generation_prompt);
     call.input = std::move(messages);
   } else {
     std::string input;

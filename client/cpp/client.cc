@@ -54,6 +54,15 @@ v1::GenerateRequest ToProto(const Request& in) {
   if (in.n) sampling->set_n(*in.n);
   if (in.logprobs) sampling->set_logprobs(*in.logprobs);
   sampling->set_echo(in.echo);
+  if (in.atp) {
+    v1::Compression* atp = out.mutable_atp();
+    if (in.atp->preset.empty()) {
+      atp->set_ratio(in.atp->ratio);
+    } else {
+      atp->set_preset(in.atp->preset);
+    }
+    if (in.atp->bits) atp->set_bits(*in.atp->bits);
+  }
   return out;
 }
 

@@ -37,6 +37,14 @@ struct Message {
   std::string content;
 };
 
+// How far the request's history is compressed, instead of as the server does it by itself: a preset or a
+// ratio.
+struct Compression {
+  std::string preset;                      // "exact", "quality", "balanced" or "compact"; empty: ratio counts
+  double ratio = 0;                        // principal entries per token, (0, 1]
+  std::optional<int> bits = std::nullopt;  // with a ratio: 16, 8 or 4
+};
+
 // What is not set has the server's default.
 struct Request {
   std::variant<std::string, std::vector<int32_t>, std::vector<Message>>
@@ -60,6 +68,7 @@ struct Request {
   std::optional<int> n;
   std::optional<int> logprobs;
   bool echo = false;
+  std::optional<Compression> atp;
   int priority = 0;
   std::optional<absl::Duration> timeout;  // becomes the call's deadline
   std::string request_id;                 // sent as x-request-id when not empty

@@ -98,5 +98,54 @@ TEST_F(CompressionChoiceTest, ErrorsNameFileOrSetting) {
   EXPECT_THAT(Error(), HasSubstr("sensitivity: missing"));
 }
 
+TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
+  WriteBudgets(R"({"ratio": [[0.1, 0.1], [0.1, 0.7]], "sensitivity": [[1, 1], [1, 30]]})");
+  Config config;
+  config.model.path = directory_;
+  config.atp.segment_tokens = 128;
+  config.atp.max_principal_keys = 100;
+  config.atp.preset = "quality";
+  config_ = config.atp;
+  const CompressionChoice own = Choose().value();
+  const auto settings_of = OverrideSettings(config, model_, own);
+  CompressionOverride compact, ratio, exact, all;
+  compact.preset = "compact";
+  ratio.ratio = 0.5;
+  exact.preset = "exact";
+  all.ratio = 1;
+  EXPECT_EQ(settings_of(compact)->bits, 4);
+  EXPECT_EQ(settings_of(compact)->segment_tokens, 128);
+  EXPECT_EQ(settings_of(compact)->max_principal_keys, 100);
+  double sum = 0;
+  for (const double r : settings_of(compact)->head_ratio) sum += r;
+  EXPECT_NEAR(sum / 4, 0.25, 0.26 / 4) << "the mean, in whole blocks of 64 of 128 entries";
+  EXPECT_EQ(settings_of(ratio)->head_ratio.size(), 4u);
+  EXPECT_EQ(settings_of(ratio)->bits, 8) << "the server's";
+  EXPECT_EQ(settings_of(all)->bits, 16);
+  EXPECT_FALSE(Compresses(*settings_of(exact)));
+  ratio.bits = 16;
+  EXPECT_EQ(settings_of(ratio)->bits, 16);
+  config.atp.allow_override = false;
+  EXPECT_EQ(OverrideSettings(config, model_, own), nullptr);
+}
+
+TEST_F(CompressionChoiceTest, OverridesThatTheBudgetsCannotServeDoNotShowTheFile) {
+  WriteBudgets(R"({"ratio": [[0.1, 0.1], [0.1, 0.7]]})");
+  Config config;
+  config.model.path = directory_;
+  config.atp.preset = "exact";
+  config_ = config.atp;
+  const auto settings_of = OverrideSettings(config, model_, Choose().value());
+  CompressionOverride ratio;
+  ratio.ratio = 0.5;
+  const absl::Status status = settings_of(ratio).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("mean ratio of 0.5"));
+  EXPECT_THAT(std::string(status.message()), testing::Not(HasSubstr(directory_)));
+  ratio.ratio = 0.25;  // the file's own mean
+  EXPECT_EQ(settings_of(ratio)->head_ratio[3], 0.7);
+  EXPECT_EQ(settings_of(ratio)->bits, 8) << "an exact server's";
+}
+
 }  // namespace
 }  // namespace atp

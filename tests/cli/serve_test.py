@@ -119,6 +119,7 @@ class Start(unittest.TestCase):
                     self.assertEqual(server.process.wait(60), 1)
                     last = server.text(server.err).splitlines()[-1]
                     self.assertRegex(last, rf"^atp: .*:{port}\b")
+                    self.assertNotIn("kv_tokens", server.text(server.err), "known before the model is loaded")
 
     def test_live_but_not_ready_while_loading(self):
         # config.json is a FIFO that nobody writes to, so that loading takes as long as this test likes.

@@ -75,6 +75,23 @@ TEST_F(CppClientTest, Generates) {
   EXPECT_THAT(engine_->last_request().sampling.stop, ElementsAre("zz"));
 }
 
+TEST_F(CppClientTest, ChoosesItsCompression) {
+  Start();
+  client::Request request = Prompt(1);
+  ASSERT_TRUE(client_->Generate(request).ok());
+  EXPECT_FALSE(engine_->last_request().compression.has_value());
+  request.atp = client::Compression{"", 0.25, 4};
+  ASSERT_TRUE(client_->Generate(request).ok());
+  EXPECT_EQ(engine_->last_request().compression.value().ratio, 0.25);
+  EXPECT_EQ(engine_->last_request().compression.value().bits, 4);
+  request.atp = client::Compression{"compact"};
+  ASSERT_TRUE(client_->Generate(request).ok());
+  EXPECT_EQ(engine_->last_request().compression.value().preset, "compact");
+  EXPECT_FALSE(engine_->last_request().compression.value().ratio.has_value());
+  request.atp = client::Compression();
+  EXPECT_THAT(std::string(client_->Generate(request).status().message()), HasSubstr("atp.ratio"));
+}
+
 TEST_F(CppClientTest, StreamsChat) {
   Start();
   client::Request request = client::Request::Chat({{"user", "hello"}});

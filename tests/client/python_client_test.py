@@ -97,6 +97,17 @@ class PythonClientTest(unittest.TestCase):
         self.client.generate([{"role": "user", "content": "hello"}])
         self.assertEqual(self.servicer.request.chat.messages[0].content, "hello")
 
+    def test_compression(self):
+        self.client.generate("hi")
+        self.assertFalse(self.servicer.request.HasField("atp"))
+        self.client.generate("hi", atp={"ratio": 0.25, "bits": 4})
+        self.assertEqual((self.servicer.request.atp.ratio, self.servicer.request.atp.bits), (0.25, 4))
+        list(self.client.stream("hi", max_tokens=1, atp={"preset": "compact"}))
+        self.assertEqual(self.servicer.request.atp.WhichOneof("budget"), "preset")
+        self.assertEqual(self.servicer.request.atp.preset, "compact")
+        with self.assertRaises(ValueError):
+            self.client.generate("hi", atp={"ration": 0.5})
+
     def test_unknown_parameter(self):
         with self.assertRaisesRegex(TypeError, "max_new_tokens"):
             self.client.generate("hi", max_new_tokens=3)

@@ -20,8 +20,9 @@ class PlannedRunner {
  public:
   static constexpr int kMaxRows = 256;
 
+  // `exact_blocks`: no larger than exact tokens need, so that pages of principal entries hold fewer.
   explicit PlannedRunner(const std::string& model_dir, KvFormat format = KvFormat::kF32,
-                         const std::string& device = "cpu") {
+                         const std::string& device = "cpu", bool exact_blocks = false) {
     BackendOptions options;
     options.device = device;
     backend_ = MakeBackend(options).value();
@@ -39,6 +40,7 @@ class PlannedRunner {
     CompressionSettings smallest;  // so that plans of any bits can be tried
     smallest.bits = 4;
     shape.block_bytes = CompressedBlockBytes(smallest, shape.format, shape.block_tokens, shape.head_dim);
+    if (exact_blocks) shape.block_bytes = KvPage(format, shape.block_tokens, shape.head_dim, false).bytes();
     cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 64 << 20).value());
   }
 
@@ -57,6 +59,7 @@ class PlannedRunner {
     shape.block_tokens = cache_->shape().block_tokens;
     shape.query_blocks_per_head = cache_->query_page().blocks_per_head();
     shape.max_positions = kMaxPositions;
+    shape.block_bytes = cache_->block_bytes();
     return MakeCompressionPlan(settings, shape).value();
   }
 

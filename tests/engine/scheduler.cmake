@@ -1,6 +1,6 @@
 atp_test(block_allocator_test SOURCES block_allocator_test.cc LIBS atp_engine)
 atp_test(prefix_cache_test SOURCES prefix_cache_test.cc LIBS atp_engine)
-atp_test(scheduler_test SOURCES scheduler_test.cc LIBS atp_engine)
+atp_test(scheduler_test SOURCES scheduler_test.cc scheduler_compression_test.cc LIBS atp_engine)
 atp_test(scheduler_simulation_test SOURCES scheduler_simulation_test.cc LIBS atp_engine)
 atp_test(request_queue_test SOURCES request_queue_test.cc LIBS atp_engine)
 atp_test(answer_stream_test SOURCES answer_stream_test.cc LIBS atp_engine)

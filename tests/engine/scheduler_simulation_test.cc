@@ -26,6 +26,7 @@ class Simulation {
   Simulation(uint32_t seed, bool compress)
       : random_(seed), options_(RandomOptions(compress)), scheduler_(options_) {
     contents_.resize(options_.num_blocks);
+    shape_ = RandomShape();
     plans_.push_back(nullptr);
     for (int i = 0; compress && i < 3; ++i) plans_.push_back(RandomPlan());
   }
@@ -101,6 +102,10 @@ class Simulation {
       settings.head_ratio.push_back((1 + Below(8)) / 8.0);
     for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
       settings.head_bits.push_back(std::vector<int>{16, 16, 8, 4}[Below(4)]);
+    return MakeCompressionPlan(settings, shape_).value();  // null where there is nothing to compress
+  }
+
+  CompressionShape RandomShape() {
     CompressionShape shape;
     shape.layers = options_.layers;
     shape.heads = options_.kv_heads * 2;
@@ -109,7 +114,18 @@ class Simulation {
     shape.block_tokens = options_.block_tokens;
     shape.query_blocks_per_head = 1 + Below(2);
     shape.max_positions = options_.max_positions;
-    return MakeCompressionPlan(settings, shape).value();  // null where there is nothing to compress
+    return shape;
+  }
+
+  // Every request chooses. New plans come while sequences of old ones live, and equal ones that are two
+  // objects: an engine forgets plans and makes them again.
+  std::shared_ptr<const CompressionPlan> AnyPlan() {
+    const int choice = Below(static_cast<int>(plans_.size()));
+    if (choice == 0) return nullptr;
+    std::shared_ptr<const CompressionPlan>& plan = plans_[choice];
+    if (Below(16) == 0) plan = RandomPlan();
+    if (plan != nullptr && Below(4) == 0) plan = MakeCompressionPlan(plan->settings(), shape_).value();
+    return plan;
   }
 
   void Admit() {
@@ -127,7 +143,7 @@ class Simulation {
     }
     const RequestId id = ++last_id_;
     const int prompt = static_cast<int>(request->prompt.size());
-    const std::shared_ptr<const CompressionPlan> plan = plans_[Below(static_cast<int>(plans_.size()))];
+    const std::shared_ptr<const CompressionPlan> plan = AnyPlan();
     if (!scheduler_.CheckFits(prompt, request->sampling.max_tokens, plan.get()).ok()) {
       ++refused_;
       return;
@@ -351,6 +367,7 @@ class Simulation {
   SchedulerOptions options_;
   Scheduler scheduler_;
   std::vector<Contents> contents_;  // what the model wrote into each block
+  CompressionShape shape_;
   std::vector<std::shared_ptr<const CompressionPlan>> plans_;
   absl::Time now_ = absl::FromUnixSeconds(1);
   RequestId last_id_ = 0;

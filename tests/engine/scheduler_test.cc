@@ -1,119 +1,21 @@
-// Every rule of engine/README.md's policy by itself, on a scheduler without a model: the test plays the
-// model.
-#include "engine/scheduler.h"
-
+// Every rule of engine/README.md's policy by itself.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "tests/engine/scheduler_fixture.h"
+
 namespace atp {
 namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-constexpr int kHeads = 4;  // 2 layers of 2 kv heads
-const absl::Time kNow = absl::FromUnixSeconds(1000);
-
-SchedulerOptions Options(int groups) {
-  SchedulerOptions options;
-  options.max_batch_tokens = 32;
-  options.max_prefill_chunk_tokens = 32;
-  options.max_running_sequences = 8;
-  options.max_logit_rows = 8;
-  options.max_positions = 200;
-  options.layers = 2;
-  options.kv_heads = 2;
-  options.block_tokens = 4;
-  options.num_blocks = static_cast<int64_t>(groups) * kHeads;
-  return options;
-}
-
-struct Ask {
-  int prompt = 4;
-  int max_tokens = 4;
-  int priority = 0;
-  int n = 1;
-  absl::Time deadline = absl::InfiniteFuture();
-  bool score = false;
-  std::shared_ptr<const CompressionPlan> plan = nullptr;
-  TokenId first_token = 0;  // requests with the same one share prefixes; 0: nobody else's
-};
-
-class SchedulerTest : public testing::Test {
- protected:
-  void Make(const SchedulerOptions& options) { scheduler_ = std::make_unique<Scheduler>(options); }
-
-  RequestId Admit(const Ask& ask) {
-    const RequestId id = ++last_id_;
-    auto request = std::make_shared<Request>();
-    request->prompt.resize(ask.prompt);
-    const TokenId first = ask.first_token != 0 ? ask.first_token : static_cast<TokenId>(1000 * id);
-    std::iota(request->prompt.begin(), request->prompt.end(), first);
-    request->sampling.max_tokens = ask.max_tokens;
-    request->sampling.n = ask.n;
-    request->priority = ask.priority;
-    request->deadline = ask.deadline;
-    if (ask.score) {
-      request->echo_prompt = true;
-      request->sampling.logprobs = 0;
-    }
-    for (int i = 0; i < ask.n; ++i) {
-      auto sequence = std::make_unique<Sequence>(
-          id, request, i, scheduler_->MaxNewTokens(ask.prompt, ask.max_tokens), nullptr, ask.plan);
-      sequences_[{id, i}] = sequence.get();
-      EXPECT_EQ(scheduler_->Admit(std::move(sequence)), absl::OkStatus());
-    }
-    return id;
-  }
-
-  // One step with a model that always answers 7. Returns rows by request, summed over its answers.
-  std::map<RequestId, int> Step(absl::Time now = kNow) {
-    const Batch& batch = scheduler_->Schedule(now);
-    EXPECT_EQ(scheduler_->CheckInvariants(), absl::OkStatus());
-    std::map<RequestId, int> rows;
-    for (const BatchEntry& entry : batch.entries) rows[entry.sequence->id()] += entry.rows;
-    rows_ = batch.rows();
-    logit_rows_ = static_cast<int>(batch.logit_rows.size());
-    scheduler_->Commit(batch, std::vector<TokenId>(batch.entries.size(), 7));
-    for (const BatchEntry& entry : batch.entries) {
-      Sequence* s = entry.sequence;
-      if (s->generated().size() >= static_cast<size_t>(s->max_new_tokens()) && !s->generated().empty()) {
-        scheduler_->Finish(s, FinishReason::kLength);
-      }
-    }
-    for (auto& s : scheduler_->TakeFinished()) {
-      ended_.push_back({s->id(), s->finish_reason()});
-      generated_[s->id()] += s->generated().size();
-      cached_[s->id()] = s->cached_tokens();
-      sequences_.erase({s->id(), s->index()});
-    }
-    EXPECT_EQ(scheduler_->CheckInvariants(), absl::OkStatus());
-    return rows;
-  }
-  void RunToEnd(int limit = 2000) {
-    for (int i = 0; i < limit && !scheduler_->empty(); ++i) Step();
-    EXPECT_TRUE(scheduler_->empty());
-  }
-  const Sequence& At(RequestId id, int index = 0) const { return *sequences_.at({id, index}); }
-  bool Running(RequestId id) const { return At(id).state() == SequenceState::kRunning; }
-
-  std::unique_ptr<Scheduler> scheduler_;
-  RequestId last_id_ = 0;
-  std::map<std::pair<RequestId, int>, Sequence*> sequences_;
-  std::vector<std::pair<RequestId, FinishReason>> ended_;
-  std::map<RequestId, size_t> generated_;
-  std::map<RequestId, int> cached_;
-  int rows_ = 0;
-  int logit_rows_ = 0;
-};
 
 TEST_F(SchedulerTest, RunsARequestToItsEnd) {
   Make(Options(20));
@@ -491,133 +393,6 @@ TEST_F(SchedulerTest, CheckInvariantsSeesALeak) {
     EXPECT_FALSE(scheduler_->CheckInvariants().ok());
   }
   EXPECT_EQ(scheduler_->CheckInvariants(), absl::OkStatus());
-}
-
-// ---- with compressed history: segments of 8 tokens, blocks of 4 ----
-
-std::shared_ptr<const CompressionPlan> Plan(double ratio = 0.5, int window = 8, int cap = 0) {
-  CompressionSettings settings;
-  settings.ratio = ratio;
-  settings.segment_tokens = 8;
-  settings.window_tokens = window;
-  settings.sink_tokens = 1;
-  settings.max_principal_keys = cap;
-  return MakeCompressionPlan(settings, {2, 4, 2, 2, 4, KvFormat::kF32, 1, 200}).value();
-}
-constexpr int kQueryBlocks = 8;  // 2 layers of 4 query heads, a block each
-
-TEST_F(SchedulerTest, ChunksEndWhereSegmentsEnd) {
-  Make(Options(40));
-  const RequestId a = Admit({.prompt = 30, .max_tokens = 20, .plan = Plan()});
-  const RequestId exact = Admit({.prompt = 20, .max_tokens = 20});
-  EXPECT_EQ(Step(), (std::map<RequestId, int>{{a, 8}, {exact, 20}}));
-  EXPECT_EQ(Step()[a], 8);
-  EXPECT_EQ(Step()[a], 8);
-  EXPECT_EQ(Step()[a], 6);
-  RunToEnd();
-}
-
-TEST_F(SchedulerTest, AShortRequestIsNotTouchedByItsPlan) {
-  // 16 tokens are the first segment and the window; the 17th is never computed.
-  for (const bool longer : {false, true}) {
-    Make(Options(40));
-    Admit({.prompt = 12, .max_tokens = longer ? 6 : 5, .plan = Plan()});
-    int64_t extra = 0;
-    while (!scheduler_->empty()) {
-      EXPECT_EQ(Step().size(), 1u);
-      const SchedulerStats stats = scheduler_->stats();
-      extra += stats.principal_blocks + stats.query_blocks;
-    }
-    EXPECT_EQ(extra > 0, longer);
-    EXPECT_EQ(scheduler_->stats().segments_closed, longer ? 1u : 0u);
-  }
-}
-
-TEST_F(SchedulerTest, ExactBlocksAreFreeInTheStepThatLeavesThem) {
-  SchedulerOptions options = Options(40);
-  options.prefix_cache = false;
-  Make(options);
-  Admit({.prompt = 40, .max_tokens = 20, .plan = Plan()});
-  Step();  // [0, 8): closes segment 0
-  EXPECT_EQ(scheduler_->stats().blocks_used, 2 * kHeads + kHeads + kQueryBlocks);
-  Step();  // [8, 16): closes segment 1; token 16 sees segment 0 compressed
-  EXPECT_EQ(scheduler_->stats().blocks_used, 2 * kHeads + 2 * kHeads + kQueryBlocks);
-  EXPECT_EQ(scheduler_->stats().tokens_compressed, 8);
-  EXPECT_EQ(scheduler_->stats().principal_entries, 4 * kHeads);
-  EXPECT_EQ(scheduler_->stats().exact_entries, 8 * kHeads);
-  Step();
-  EXPECT_EQ(scheduler_->stats().blocks_used, 2 * kHeads + 3 * kHeads + kQueryBlocks);
-  for (int i = 0; i < 2; ++i) Step();
-  // 40 tokens are computed. The answer's tokens up to the 58th see 5 segments compressed, and they are
-  // closed: the next one will not be, so there is nothing to keep its queries for.
-  EXPECT_EQ(scheduler_->stats().segments_closed, 5u);
-  EXPECT_EQ(scheduler_->stats().query_blocks, kQueryBlocks);
-  for (int i = 0; i < 8; ++i) Step();
-  EXPECT_EQ(scheduler_->stats().segments_closed, 6u);
-  EXPECT_EQ(scheduler_->stats().query_blocks, 0);
-  RunToEnd();
-  EXPECT_EQ(scheduler_->stats().blocks_used, 0);
-}
-
-TEST_F(SchedulerTest, WithoutAWindowASegmentIsCompressedAtOnce) {
-  SchedulerOptions options = Options(40);
-  options.prefix_cache = false;
-  Make(options);
-  Admit({.prompt = 8, .max_tokens = 20, .plan = Plan(0.5, /*window=*/0)});
-  Step();
-  EXPECT_EQ(scheduler_->stats().exact_blocks, 0);
-  EXPECT_EQ(scheduler_->stats().principal_blocks, kHeads);
-  Step();
-  EXPECT_EQ(scheduler_->stats().exact_blocks, kHeads);
-  RunToEnd();
-}
-
-TEST_F(SchedulerTest, WithACapALongAnswerHoldsABoundedNumberOfBlocks) {
-  SchedulerOptions options = Options(40);
-  options.prefix_cache = false;
-  options.max_positions = 2000;
-  Make(options);
-  Admit({.prompt = 20, .max_tokens = 1900, .plan = Plan(0.5, 8, /*cap=*/8)});
-  int64_t early = 0, late = 0;
-  for (int i = 0; i < 1900; ++i) {
-    Step();
-    int64_t& most = i < 100 ? early : late;
-    most = std::max(most, scheduler_->stats().blocks_used);
-  }
-  EXPECT_LE(late, early);
-  // Window, open segment and the closing one exactly; two histories of 8 entries and the new one.
-  EXPECT_LE(early, 4 * kHeads + 3 * 2 * kHeads + kQueryBlocks);
-}
-
-TEST_F(SchedulerTest, CompressedRequestsFitWhereExactOnesDoNot) {
-  Make(Options(20));  // 80 exact tokens
-  EXPECT_FALSE(scheduler_->CheckFits(60, 60).ok());
-  const auto plan = Plan(0.25, 8, /*cap=*/8);
-  EXPECT_EQ(scheduler_->CheckFits(60, 60, plan.get()), absl::OkStatus());
-  const RequestId a = Admit({.prompt = 60, .max_tokens = 60, .plan = plan});
-  const RequestId b = Admit({.prompt = 100, .max_tokens = 90, .plan = plan});
-  RunToEnd();
-  EXPECT_EQ(generated_[a], 60u);
-  EXPECT_EQ(generated_[b], 90u);
-}
-
-TEST_F(SchedulerTest, ACompressedPrefixIsFoundAgain) {
-  Make(Options(60));
-  const auto plan = Plan();
-  const Ask ask = {.prompt = 40, .max_tokens = 20, .plan = plan, .first_token = 5};
-  Admit(ask);
-  RunToEnd();
-  const RequestId again = Admit(ask);
-  EXPECT_EQ(Step()[again], 8) << "all whole segments but the last, whose last token must be computed";
-  RunToEnd();
-  EXPECT_EQ(cached_[again], 32);
-  // Another plan, and none, share the tokens that see nothing compressed, where they can go on from there.
-  const RequestId exact = Admit({.prompt = 40, .max_tokens = 20, .first_token = 5});
-  RunToEnd();
-  EXPECT_EQ(cached_[exact], 16);
-  const RequestId other = Admit({.prompt = 40, .max_tokens = 20, .plan = Plan(0.25), .first_token = 5});
-  RunToEnd();
-  EXPECT_EQ(cached_[other], 0);
 }
 
 }  // namespace

@@ -87,6 +87,42 @@ TEST_F(GenerateServiceTest, SubmitsTextWithBosAndDefaults) {
   EXPECT_LT(request.deadline, absl::InfiniteFuture());
 }
 
+TEST_F(GenerateServiceTest, CompressionIsCheckedAndPassedOn) {
+  ASSERT_TRUE(Submit(Text("ab")).ok());
+  EXPECT_FALSE(engine_.last_request().compression.has_value());
+  GenerateInput input = Text("ab");
+  input.compression.emplace().ratio = 0.25;
+  input.compression->bits = 8;
+  ASSERT_TRUE(Submit(input).ok());
+  ASSERT_TRUE(engine_.last_request().compression.has_value());
+  EXPECT_EQ(engine_.last_request().compression->ratio, 0.25);
+  EXPECT_EQ(engine_.last_request().compression->bits, 8);
+  input.compression->bits = 7;
+  ExpectInvalid(input, "atp.bits", "16, 8 or 4");
+  input.compression->bits.reset();
+  input.compression->ratio = 0;
+  ExpectInvalid(input, "atp.ratio");
+  input.compression->preset = "compact";
+  ExpectInvalid(input, "atp");
+  input.compression->ratio.reset();
+  ASSERT_TRUE(Submit(input).ok());
+  config_.atp.allow_override = false;
+  ExpectInvalid(input, "atp", "atp.allow_override");
+  EXPECT_TRUE(Submit(Text("ab")).ok());
+}
+
+TEST_F(GenerateServiceTest, AConversationNeedNotOpenAnAnswer) {
+  GenerateInput input;
+  input.prompt = std::vector<ChatMessage>{{"user", "a", ""}};
+  ASSERT_TRUE(Submit(input).ok());
+  const std::vector<TokenId> opened = engine_.last_request().prompt;
+  input.add_generation_prompt = false;
+  ASSERT_TRUE(Submit(input).ok());
+  const std::vector<TokenId> bare = engine_.last_request().prompt;
+  ASSERT_LT(bare.size(), opened.size());
+  EXPECT_TRUE(std::equal(bare.begin(), bare.end(), opened.begin()));
+}
+
 TEST_F(GenerateServiceTest, KeepsTheCallersDeadlineAndNoneWhereNoneIsConfigured) {
   GenerateInput input = Text("a");
   const absl::Time deadline = absl::Now() + absl::Hours(5);

@@ -67,6 +67,28 @@ TEST_F(GrpcServerTest, UnaryAnswersWithTextUsageAndRequestId) {
           "atp_responses_total{code=\"OK\",route=\"/atp.v1.Inference/Generate\",transport=\"grpc\"} 1"));
 }
 
+TEST_F(GrpcServerTest, Compression) {
+  Start();
+  ASSERT_TRUE(Generate(Prompt(1)).ok());
+  EXPECT_FALSE(engine_->last_request().compression.has_value());
+  v1::GenerateRequest request = Prompt(1);
+  request.mutable_atp()->set_ratio(0.25);
+  request.mutable_atp()->set_bits(4);
+  ASSERT_TRUE(Generate(request).ok());
+  EXPECT_EQ(engine_->last_request().compression.value().ratio, 0.25);
+  EXPECT_EQ(engine_->last_request().compression.value().bits, 4);
+  request.mutable_atp()->set_ratio(0);  // given, and wrong
+  grpc::Status status = Generate(request);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), StartsWith("atp.ratio: "));
+  request.mutable_atp()->clear_bits();
+  request.mutable_atp()->set_preset("compact");
+  ASSERT_TRUE(Generate(request).ok());
+  EXPECT_EQ(engine_->last_request().compression.value().preset, "compact");
+  request.mutable_atp()->Clear();
+  EXPECT_THAT(Generate(request).error_message(), StartsWith("atp: must have a preset or a ratio"));
+}
+
 TEST_F(GrpcServerTest, ABadRequestIdIsReplaced) {
   Start();
   grpc::ClientContext context;

@@ -62,6 +62,27 @@ TEST(ParseCompletion, DefaultsAreOpenAis) {
   EXPECT_FALSE(call.stream);
 }
 
+TEST(ParseCompletion, Compression) {
+  EXPECT_FALSE(Completion("").compression.has_value());
+  EXPECT_FALSE(Completion(R"("atp":null)").compression.has_value());
+  const auto preset = Chat(R"("atp":{"preset":"compact"})").compression;
+  ASSERT_TRUE(preset.has_value());
+  EXPECT_EQ(preset->preset, "compact");
+  EXPECT_FALSE(preset->ratio.has_value() || preset->bits.has_value());
+  const auto ratio = Completion(R"("atp":{"ratio":0.25,"bits":4,"preset":null})").compression;
+  ASSERT_TRUE(ratio.has_value());
+  EXPECT_EQ(ratio->ratio, 0.25);
+  EXPECT_EQ(ratio->bits, 4);
+  EXPECT_FALSE(ratio->preset.has_value());
+  EXPECT_EQ(Completion(R"("atp":{"ratio":1})").compression->ratio, 1);
+  EXPECT_EQ(FieldError(R"("atp":"compact")"), "atp: must be an object with preset or ratio, got a string");
+  EXPECT_EQ(FieldError(R"("atp":{"preset":4})"), "atp.preset: must be a string, got 4");
+  EXPECT_EQ(FieldError(R"("atp":{"ratio":"0.5"})"), "atp.ratio: must be a number, got a string");
+  EXPECT_EQ(FieldError(R"("atp":{"ratio":0.5,"bits":4.5})"), "atp.bits: must be an integer, got 4.5");
+  EXPECT_EQ(FieldError(R"("atp":{"ration":0.5})"), "atp: has preset, ratio and bits, but no 'ration'");
+  EXPECT_THAT(ChatError(R"("atp":{"bits":true})"), StartsWith("atp.bits: "));
+}
+
 TEST(ParseCompletion, EveryFieldArrives) {
   const CompletionCall call = Completion(
       R"("model":"m","temperature":0.5,"top_p":0.9,"top_k":7,"min_p":0.1,"presence_penalty":-1,"frequency_penalty":2,
@@ -219,15 +240,17 @@ TEST(ParseChat, LogprobsIsASwitch) {
 }
 
 TEST(ParseChat, WhatCannotBeHonouredIsRefused) {
-  for (const char* fields : {"\"tools\":[{\"type\":\"function\"}]", "\"tool_choice\":\"auto\"",
-                             "\"functions\":[{}]", "\"function_call\":\"auto\"", "\"modalities\":[\"audio\"]",
-                             "\"audio\":{\"voice\":\"x\"}", "\"response_format\":{\"type\":\"json_schema\"}",
-                             "\"add_generation_prompt\":false", "\"continue_final_message\":true"}) {
+  for (const char* fields :
+       {"\"tools\":[{\"type\":\"function\"}]", "\"tool_choice\":\"auto\"", "\"functions\":[{}]",
+        "\"function_call\":\"auto\"", "\"modalities\":[\"audio\"]", "\"audio\":{\"voice\":\"x\"}",
+        "\"response_format\":{\"type\":\"json_schema\"}", "\"continue_final_message\":true"}) {
     const std::string name = std::string(fields).substr(1, std::string(fields).find('"', 1) - 1);
     EXPECT_THAT(ChatError(fields), StartsWith(name + ": ")) << fields;
     EXPECT_THAT(ChatError(fields), HasSubstr("supported")) << fields;
   }
-  Chat(R"("tools":[],"tool_choice":"none","modalities":["text"],"add_generation_prompt":true,"store":true)");
+  Chat(R"("tools":[],"tool_choice":"none","modalities":["text"],"store":true)");
+  EXPECT_TRUE(Chat("").add_generation_prompt);
+  EXPECT_FALSE(Chat("\"add_generation_prompt\":false").add_generation_prompt);
 }
 
 TEST(ParseChat, WrongMessagesNameThem) {

@@ -101,17 +101,19 @@ class Client:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def generate(self, prompt: Prompt, *, model: str = "", priority: int = 0, timeout: Optional[float] = None,
-                 request_id: Optional[str] = None, **sampling) -> Generation:
-        """One answer, when it is whole. `sampling`: fields of SamplingParams (max_tokens=…, temperature=…)."""
-        request = _request(prompt, model, priority, sampling)
+    def generate(self, prompt: Prompt, *, model: str = "", priority: int = 0, atp: Optional[Dict] = None,
+                 timeout: Optional[float] = None, request_id: Optional[str] = None, **sampling) -> Generation:
+        """One answer, when it is whole. `sampling`: fields of SamplingParams (max_tokens=…, temperature=…). `atp`:
+        how far its history is compressed, instead of as the server does it: {"preset": "compact"} or
+        {"ratio": 0.25, "bits": 4}."""
+        request = _request(prompt, model, priority, atp, sampling)
         response = self._call(self._stub.Generate, request, timeout, request_id)
         return Generation(response.request_id, response.model, list(response.choices), response.usage)
 
-    def stream(self, prompt: Prompt, *, model: str = "", priority: int = 0, timeout: Optional[float] = None,
-               request_id: Optional[str] = None, **sampling) -> Stream:
+    def stream(self, prompt: Prompt, *, model: str = "", priority: int = 0, atp: Optional[Dict] = None,
+               timeout: Optional[float] = None, request_id: Optional[str] = None, **sampling) -> Stream:
         """The same piece by piece. `timeout` (seconds) becomes the call's deadline."""
-        request = _request(prompt, model, priority, sampling)
+        request = _request(prompt, model, priority, atp, sampling)
         return Stream(self._stub.GenerateStream(request, timeout=timeout, metadata=self._with_id(request_id)))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> List[int]:
@@ -137,12 +139,14 @@ class Client:
             raise AtpError(error) from None
 
 
-def _request(prompt: Prompt, model: str, priority: int, sampling) -> "pb.GenerateRequest":
+def _request(prompt: Prompt, model: str, priority: int, atp: Optional[Dict], sampling) -> "pb.GenerateRequest":
     unknown = sorted(set(sampling) - _SAMPLING_FIELDS)
     if unknown:
         raise TypeError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING_FIELDS))}")
     given = {name: value for name, value in sampling.items() if value is not None}
     request = pb.GenerateRequest(model=model, priority=priority, sampling=pb.SamplingParams(**given))
+    if atp is not None:
+        request.atp.CopyFrom(pb.Compression(**atp))
     if isinstance(prompt, str):
         request.prompt = prompt
         return request

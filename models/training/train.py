@@ -1,0 +1,318 @@
+#!/usr/bin/env python3
+"""Trains the default model from scratch, on one GPU or on the CPU, and writes it in Hugging Face layout.
+
+  train.py --data DIR --out DIR [--size gpu|cpu|tiny] (--minutes M | --steps N)
+
+Stops and resumes at will: OUT/checkpoint.pt is written every two minutes and at the end, and a second run with the
+same arguments goes on from it. OUT/log.jsonl has a line for each measurement; OUT/model/ is the model.
+
+What it learns from (each sequence of `context` tokens is drawn by the step's own seed, so a resumed run sees what an
+unbroken one would):
+  text      a window of the books
+  span      a window in which a span of 16..96 tokens comes again, at any distance up to the context
+  list      key = value lines of random tokens, then a window, then some of the keys asked; only answers are scored
+  dialogue  conversations in the chat form, in the last part of training
+
+Optimiser: Muon for the matrices, AdamW for the rest; warm-up, constant, then linear to zero over the last quarter.
+Needs: torch >= 2.9, numpy, safetensors, sentencepiece.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+BOS = 1
+DECAY = 0.25      # last share of the run in which the learning rate falls
+DIALOGUE = 0.20   # last share of the run with conversations in it
+CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+          "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@dataclasses.dataclass
+class Shape:
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    context: int
+    batch: int
+    dropout: float
+    head_dim: int = 64
+    vocabulary: int = 0
+
+
+SIZES = {
+    "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
+    "cpu": Shape(320, 8, 6, 3, 864, context=2048, batch=4, dropout=0.0),
+    "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
+}
+
+
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Layer(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.s = s
+        linear = lambda n, m: nn.Linear(n, m, bias=False)
+        self.input_layernorm = nn.RMSNorm(s.hidden, eps=1e-5)
+        self.q_proj = linear(s.hidden, s.heads * s.head_dim)
+        self.k_proj = linear(s.hidden, s.kv_heads * s.head_dim)
+        self.v_proj = linear(s.hidden, s.kv_heads * s.head_dim)
+        self.o_proj = linear(s.heads * s.head_dim, s.hidden)
+        self.post_attention_layernorm = nn.RMSNorm(s.hidden, eps=1e-5)
+        self.gate_proj = linear(s.hidden, s.intermediate)
+        self.up_proj = linear(s.hidden, s.intermediate)
+        self.down_proj = linear(s.intermediate, s.hidden)
+        self.drop = nn.Dropout(s.dropout)
+
+    def forward(self, x, cos, sin):
+        s, (b, t, _) = self.s, x.shape
+        h = self.input_layernorm(x)
+        heads = lambda y, n: y.view(b, t, n, s.head_dim).transpose(1, 2)
+        q = rotate(heads(self.q_proj(h), s.heads), cos, sin)
+        k = rotate(heads(self.k_proj(h), s.kv_heads), cos, sin)
+        v = heads(self.v_proj(h), s.kv_heads)
+        a = F.scaled_dot_product_attention(q.type_as(v), k.type_as(v), v, is_causal=True, enable_gqa=True)
+        x = x + self.drop(self.o_proj(a.transpose(1, 2).reshape(b, t, -1)))
+        h = self.post_attention_layernorm(x)
+        return x + self.drop(self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h)))
+
+
+class Llama(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.s = s
+        self.embed_tokens = nn.Embedding(s.vocabulary, s.hidden)
+        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.norm = nn.RMSNorm(s.hidden, eps=1e-5)
+        frequency = 10000.0 ** (-torch.arange(0, s.head_dim, 2).double() / s.head_dim)
+        angle = torch.arange(s.context).double()[:, None] * frequency
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        for name, p in self.named_parameters():
+            if p.ndim == 2 and "embed" not in name:
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * s.layers) if "o_proj" in name or "down" in name else 1))
+
+    def forward(self, ids):
+        t = ids.shape[1]
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, self.cos[:t], self.sin[:t])
+        return F.linear(self.norm(x), self.embed_tokens.weight)  # tied
+
+
+class Data:
+    def __init__(self, directory, context, batch):
+        self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        self.vocabulary = self.tokenizer.get_piece_size()
+        self.newline = self.tokenizer.piece_to_id("\n")
+        load = lambda name: np.load(directory / name, mmap_mode="r")
+        self.train, self.valid = load("train.npy"), load("valid.npy")
+        self.dialogue, self.starts = load("dialogue.npy"), load("dialogue_starts.npy")
+        self.sizes = json.loads((directory / "sizes.json").read_text())
+        self.context, self.batch = context, batch
+
+    def window(self, rng, length):
+        at = int(rng.integers(0, len(self.train) - length))
+        return self.train[at:at + length].astype(np.int64)
+
+    def span(self, rng, ids):
+        """A span comes again: predictable only by who remembers it."""
+        for _ in range(int(rng.integers(1, 5))):
+            length = int(rng.integers(16, 97))
+            distance = int(rng.integers(length, self.context - length))
+            to = int(rng.integers(distance + 1, len(ids) - length + 1))
+            ids[to:to + length] = ids[to - distance:to - distance + length]
+
+    def key_values(self, rng, ids, scored):
+        """Lines `key = value` of random pieces at the start, questions at the end, text between."""
+        pairs = int(rng.integers(4, 33))
+        pieces = rng.integers(300, self.vocabulary, size=(pairs, 4))  # 300: past the bytes and the marks
+        lines = np.concatenate([pieces, np.full((pairs, 1), self.newline)], axis=1)
+        asked = lines[rng.permutation(pairs)[:min(pairs, 8)]]
+        start = int(rng.integers(1, max(2, len(ids) - lines.size - asked.size)))
+        ids[start:start + lines.size] = lines.ravel()
+        scored[start:start + lines.size] = False
+        ids[-asked.size:] = asked.ravel()
+        ask = np.tile(np.array([False, False, True, True, True]), len(asked))
+        scored[-asked.size:] = ask
+
+    def conversation(self, rng, ids):
+        at = int(self.starts[int(rng.integers(0, len(self.starts)))])
+        at = min(at, len(self.dialogue) - len(ids))
+        ids[:] = self.dialogue[at:at + len(ids)]
+
+    def draw(self, step, dialogue):
+        rng = np.random.default_rng((20261120, step))
+        rows = np.empty((self.batch, self.context + 1), dtype=np.int64)
+        scored = np.ones_like(rows, dtype=bool)
+        for ids, score in zip(rows, scored):
+            ids[:] = self.window(rng, len(ids))
+            ids[0] = BOS
+            kind = rng.random()
+            if dialogue and kind < 0.15:
+                self.conversation(rng, ids)
+            elif kind > 0.90:
+                self.key_values(rng, ids, score)
+            elif kind > 0.60:
+                self.span(rng, ids)
+        targets = np.where(scored, rows, -100)[:, 1:]
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets.copy())
+
+    def validation(self, count=16):
+        at = np.linspace(0, len(self.valid) - self.context - 2, count).astype(int)
+        rows = np.stack([self.valid[a:a + self.context + 1].astype(np.int64) for a in at])
+        rows[:, 0] = BOS
+        return torch.from_numpy(rows)
+
+
+def optimizers(model):
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
+    return [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.02),
+            torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def rate(progress, step):
+    return min(1.0, (step + 1) / 100) * min(1.0, max(0.0, (1 - progress) / DECAY))
+
+
+@torch.no_grad()
+def validate(model, rows, device, autocast):
+    model.eval()
+    total = 0.0
+    for row in rows.split(4):
+        row = row.to(device)
+        with autocast:
+            logits = model(row[:, :-1])
+        total += F.cross_entropy(logits.float().flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
+    model.train()
+    return total / rows[:, 1:].numel()
+
+
+def save_checkpoint(path, model, optimizers_, state):
+    torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers_], "state": state},
+               path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def export(model, data_dir, out, data):
+    """Hugging Face layout, bf16; with the tokenizer, the chat template and held-out ids."""
+    s = model.s
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, p in model.state_dict().items():
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            name = name.replace(f".{part}", f".self_attn.{part}")
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = name.replace(f".{part}", f".mlp.{part}")
+        tensors["model." + name] = p.detach().to("cpu", torch.bfloat16).contiguous()
+    save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": s.hidden,
+              "intermediate_size": s.intermediate, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+              "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim, "vocab_size": s.vocabulary,
+              "max_position_embeddings": s.context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+              "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+              "torch_dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer_config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True, "chat_template": CHATML}
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    shutil.copy(data_dir / "tokenizer.model", out / "tokenizer.model")
+    np.save(out / "eval_ids.npy", data.validation(4).numpy()[:, :512].astype(np.int64))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=pathlib.Path, help="what prepare.py wrote")
+    parser.add_argument("--out", required=True, type=pathlib.Path)
+    parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, help="length of the whole run, all stretches together")
+    parser.add_argument("--steps", type=int, help="the same, counted in steps (repeatable to the bit on one device)")
+    parser.add_argument("--stretch-minutes", type=float, default=1e9, help="stop this stretch after so long")
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+    if (args.minutes is None) == (args.steps is None):
+        parser.error("give --minutes or --steps")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(1)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+
+    shape = SIZES[args.size]
+    data = Data(args.data, shape.context, shape.batch)
+    shape.vocabulary = data.vocabulary
+    model = Llama(shape).to(device)
+    optimizers_ = optimizers(model)
+    compiled = torch.compile(model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, state = args.out / "checkpoint.pt", {"step": 0, "seconds": 0.0}
+    if checkpoint.exists():
+        loaded = torch.load(checkpoint, map_location=device)
+        model.load_state_dict(loaded["model"])
+        for optimizer, saved in zip(optimizers_, loaded["optimizers"]):
+            optimizer.load_state_dict(saved)
+        state = loaded["state"]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, from step {state['step']}",
+          flush=True)
+    valid = data.validation()
+    base = [[g["lr"] for g in o.param_groups] for o in optimizers(model)]
+    begin = saved = time.time()
+    before, losses = state["seconds"], []
+    while True:
+        state["seconds"] = before + time.time() - begin
+        progress = state["step"] / args.steps if args.steps else state["seconds"] / (60 * args.minutes)
+        over = progress >= 1 or time.time() - begin > 60 * args.stretch_minutes
+        if over or time.time() - saved > 120:
+            save_checkpoint(checkpoint, model, optimizers_, state)
+            saved = time.time()
+        if over or state["step"] % 250 == 0:
+            line = {"step": state["step"], "seconds": round(state["seconds"]), "progress": round(progress, 4),
+                    "tokens": state["step"] * shape.batch * shape.context,
+                    "train": float(np.mean(losses)) if losses else None,
+                    "valid": validate(model, valid, device, autocast)}
+            losses = []
+            print(json.dumps(line), flush=True)
+            with open(args.out / "log.jsonl", "a") as log:
+                log.write(json.dumps(line) + "\n")
+        if over:
+            break
+        for optimizer, rates in zip(optimizers_, base):
+            for group, lr in zip(optimizer.param_groups, rates):
+                group["lr"] = lr * rate(progress, state["step"])
+        ids, targets = data.draw(state["step"], dialogue=progress > 1 - DIALOGUE)
+        with autocast:
+            logits = compiled(ids.to(device))
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=-100)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers_:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if state["step"] % 10 == 0:
+            losses.append(loss.item())
+        state["step"] += 1
+    export(model, args.data, args.out / "model", data)
+    print(f"wrote {args.out / 'model'}" + ("" if progress >= 1 else f"; {progress:.0%} of the run, run again to go on"))
+
+
+if __name__ == "__main__":
+    main()
