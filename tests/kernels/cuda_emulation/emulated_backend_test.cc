@@ -1,0 +1,67 @@
+// What the cuda backend says and does beside its ops: memory, and errors that name op and shapes.
+#include "tests/kernels/cuda_emulation/emulated_backend.h"
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace atp {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+TEST(EmulatedBackend, MemoryIsZeroedAndAligned) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  for (const size_t bytes : {size_t{0}, size_t{1}, size_t{4097}}) {
+    const absl::StatusOr<Buffer> buffer = backend->Allocate(bytes);
+    ASSERT_TRUE(buffer.ok()) << buffer.status();
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer->data()) % 64, 0u);
+    std::vector<std::byte> host(bytes, std::byte{1});
+    backend->CopyToHost(host.data(), buffer->data(), bytes);
+    EXPECT_EQ(host, std::vector<std::byte>(bytes));
+  }
+  EXPECT_GT(backend->FreeMemoryBytes(), 0u);
+}
+
+TEST(EmulatedBackend, TooMuchMemoryNamesBytesAndWhatToDo) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const absl::Status status = backend->Allocate(size_t{1} << 60).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(
+      std::string(status.message()),
+      AllOf(HasSubstr(std::to_string(size_t{1} << 60)), HasSubstr("bytes are free"),
+            HasSubstr(std::to_string(backend->FreeMemoryBytes())), HasSubstr("kv_cache.memory_bytes")));
+  EXPECT_TRUE(backend->Synchronize().ok());
+}
+
+TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  std::vector<float> values(5'000'001);  // three of the uploader's buffers
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
+  const absl::StatusOr<Weight> weight =
+      backend->LoadWeight({values.data(), DType::kF32, 1, static_cast<int64_t>(values.size())});
+  ASSERT_TRUE(weight.ok()) << weight.status();
+  std::vector<float> back(values.size());
+  backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
+  EXPECT_TRUE(back == values);
+}
+
+// The last test here: as on a device, a failed launch stays with the process.
+TEST(EmulatedBackend, ZErrorsNameOpAndShapes) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const int head_dim = 40000;  // its angles are more than shared memory
+  const Buffer x = backend->Allocate(head_dim * sizeof(float)).value();
+  const std::vector<int32_t> positions = {3};
+  backend->Rope({x.as<float>(), positions, x.as<float>(), 1, head_dim});
+  const absl::Status status = backend->Synchronize();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("Rope of 1 rows of 1 heads of 40000"), HasSubstr("cannot launch")));
+}
+
+}  // namespace
+}  // namespace atp
