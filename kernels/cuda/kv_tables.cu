@@ -1,9 +1,8 @@
-#include "kernels/cuda/kv_tables.h"
-
 #include <algorithm>
 #include <cstring>
 
 #include "absl/base/macros.h"
+#include "kernels/cuda/kv_tables.h"
 
 namespace atp::cuda {
 namespace {
