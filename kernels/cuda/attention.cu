@@ -205,12 +205,11 @@ __global__ void FoldChunks(const KvTables tables, const Shape shape, const Tile*
 }
 
 // All chunks of one part for a warp's queries.
-template <KvFormat kFormat, int kBlocks, int kHeadDim>
+template <KvFormat kFormat, int kBlocks>
 __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape& shape,
                                            const SequenceTable& sequence, int kv_head, int first, int lane,
                                            const Shared<uint32_t>& query_memory, FoldedState<kBlocks>& chunk,
                                            FoldedState<kBlocks>& whole) {
-  const int head_dim = kHeadDim > 0 ? kHeadDim : shape.head_dim;
   const QueryFragments<kBlocks, kTermsOf<kFormat>> query(query_memory);
   LoadQueries(shape, sequence, kv_head, first, lane, query);
   int visible[kBlocks][2];
@@ -222,7 +221,7 @@ __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape&
 #pragma unroll 1
   for (int begin = 0; begin < range.end; begin += kUnitEntries) {
     UnitState<kBlocks> unit;
-    AttendUnit<kFormat, kBlocks, kHeadDim>(range, begin, head_dim, lane, query, visible, unit);
+    AttendUnit<kFormat, kBlocks, 0>(range, begin, shape.head_dim, lane, query, visible, unit);
     chunk.Add(unit);
     if ((begin + kUnitEntries) % kChunkEntries == 0 || begin + kUnitEntries >= range.end) {
       whole.Add(chunk);
@@ -231,7 +230,9 @@ __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape&
   }
 }
 
-// A warp's queries, eight in a block. kWide: with fp32 pages, which want more registers.
+// A warp's queries, eight in a block. kWide: with fp32 pages, which want more registers. There is no version
+// for head_dim 128 alone: without the branches between its steps, compilers move more loads up than there are
+// registers for.
 template <bool kWide>
 inline constexpr int kManyBlocks = kWide ? 1 : 2;
 template <bool kWide>
@@ -241,7 +242,7 @@ __host__ __device__ constexpr int ManyQueryWords(bool wide) {
   return wide ? QueryFragments<kManyBlocks<true>, 3>::kWords : QueryFragments<kManyBlocks<false>, 1>::kWords;
 }
 
-template <bool kWide, int kHeadDim>
+template <bool kWide>
 __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
     AttendMany(const KvTables tables, const Shape shape, const Tile* tiles) {
   constexpr int kBlocks = kManyBlocks<kWide>;
@@ -265,11 +266,11 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
     };
     if (range.end <= 0) continue;
     if constexpr (kWide) {
-      if (range.page->format == KvFormat::kF32) attend(AttendPart<KvFormat::kF32, kBlocks, kHeadDim>);
+      if (range.page->format == KvFormat::kF32) attend(AttendPart<KvFormat::kF32, kBlocks>);
     }
-    if (range.page->format == KvFormat::kBF16) attend(AttendPart<KvFormat::kBF16, kBlocks, kHeadDim>);
-    if (range.page->format == KvFormat::kInt8) attend(AttendPart<KvFormat::kInt8, kBlocks, kHeadDim>);
-    if (range.page->format == KvFormat::kInt4) attend(AttendPart<KvFormat::kInt4, kBlocks, kHeadDim>);
+    if (range.page->format == KvFormat::kBF16) attend(AttendPart<KvFormat::kBF16, kBlocks>);
+    if (range.page->format == KvFormat::kInt8) attend(AttendPart<KvFormat::kInt8, kBlocks>);
+    if (range.page->format == KvFormat::kInt4) attend(AttendPart<KvFormat::kInt4, kBlocks>);
   }
 #pragma unroll
   for (int q = 0; q < 2 * kBlocks; ++q) {
@@ -400,9 +401,7 @@ cudaError_t AttendMany(const OpContext& context, const KvTables& tables, const S
   cudaError_t error = cudaSuccess;
   const Tile* tiles = context.staging->Upload(std::span<const Tile>(plan.many), context.stream, &error);
   if (error != cudaSuccess) return error;
-  const auto kernel = plan.wide               ? AttendMany<true, 0>
-                      : shape.head_dim == 128 ? AttendMany<false, 128>
-                                              : AttendMany<false, 0>;
+  const auto kernel = plan.wide ? AttendMany<true> : AttendMany<false>;
   const int floats = kThreads * (plan.wide ? FoldedState<kManyBlocks<true>>::kFloats
                                            : FoldedState<kManyBlocks<false>>::kFloats);
   return Launch("AttendMany", kernel, dim3(static_cast<unsigned>(plan.many.size())), dim3(kThreads),

@@ -219,13 +219,10 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   error = BlockSum(error, shared.sums);
   norm = BlockSum(norm, shared.sums);
   if (me == 0) {
-    PrincipalFitReport report;
+    PrincipalFitReport& report = reports[blockIdx.x];
+    report.mass_residual = fitted ? static_cast<float>(sqrt(job.result->mass_error / job.m)) : 0.0f;
+    report.output_residual = fitted ? static_cast<float>(sqrt(error / fmax(norm, 1e-30))) : 0.0f;
     report.fitted = fitted;
-    if (fitted) {
-      report.mass_residual = static_cast<float>(sqrt(job.result->mass_error / job.m));
-      report.output_residual = static_cast<float>(sqrt(error / fmax(norm, 1e-30)));
-    }
-    reports[blockIdx.x] = report;
   }
   const int r = kept ? n : job.count;
   const auto source = [&](int j) { return static_cast<int64_t>(kept ? j : job.chosen[j]); };

@@ -85,17 +85,21 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
     }
     return;
   }
-  const auto put = [&](std::byte* array, int index, float x, const uint16_t* scales, int e) {
-    if (page.format == KvFormat::kF32) reinterpret_cast<float*>(array)[index] = x;
-    if (page.format == KvFormat::kBF16) reinterpret_cast<uint16_t*>(array)[index] = FloatToBF16(x);
-    if (page.format == KvFormat::kInt8) {
-      array[index] = static_cast<std::byte>(Quantized(x, BF16ToFloat(scales[e]), top));
-    }
-  };
 #pragma unroll 1
-  for (int i = me; i < page.entries * d; i += threads) {
-    put(block, i, key(i % page.entries, i / page.entries), key_scales, i % page.entries);
-    put(block + page.value_offset, i, value(i / d, i % d), value_scales, i / d);
+  for (int i = me; i < 2 * page.entries * d; i += threads) {
+    const bool is_key = i < page.entries * d;
+    const int at = is_key ? i : i - page.entries * d;
+    const int entry = is_key ? at % page.entries : at / d;
+    const float x = is_key ? key(entry, at / page.entries) : value(entry, at % d);
+    std::byte* array = is_key ? block : block + page.value_offset;
+    if (page.format == KvFormat::kF32) {
+      reinterpret_cast<float*>(array)[at] = x;
+    } else if (page.format == KvFormat::kBF16) {
+      reinterpret_cast<uint16_t*>(array)[at] = FloatToBF16(x);
+    } else {
+      const float scale = BF16ToFloat((is_key ? key_scales : value_scales)[entry]);
+      array[at] = static_cast<std::byte>(Quantized(x, scale, top));
+    }
   }
 }
 
