@@ -18,6 +18,7 @@ namespace atp::cuda {
 namespace {
 
 constexpr int kQueries = 8;  // of a block of queries: the columns of one product
+static_assert(kWidestHead == kMaxHeadDim);
 constexpr int kThreads = kAttentionThreads;
 // A sequence with at least this many packed queries (rows x group) in a step goes the second way.
 constexpr int kManyQueries = 8 * kQueries;

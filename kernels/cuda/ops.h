@@ -10,8 +10,8 @@
 
 namespace atp::cuda {
 
-// Larger heads than any model has; kernels keep rows of a head in registers and shared memory.
-inline constexpr int kMaxHeadDim = 256;
+// Attention keeps the sums of a head in registers.
+inline constexpr int kMaxHeadDim = 128;
 
 struct OpContext {
   cudaStream_t stream = nullptr;
