@@ -34,7 +34,9 @@ class BaselineBackend : public Backend {
   std::string Description() const override { return inner_->Description(); }
   bool Supports(const OpDesc& desc) const override { return inner_->Supports(desc); }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return inner_->Allocate(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return inner_->LoadWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    return inner_->LoadWeight(host, dtype);
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     inner_->CopyToDevice(device, host, bytes);
   }

@@ -18,6 +18,7 @@ void AddGenerate(CLI::App* app, int* exit_code);
 void AddEval(CLI::App* app, int* exit_code);
 void AddCalibrate(CLI::App* app, int* exit_code);
 void AddBench(CLI::App* app, int* exit_code);
+void AddQuantize(CLI::App* app, int* exit_code);
 
 // "atp: " and the message on stderr.
 int Failure(const absl::Status& status);       // 1

@@ -24,6 +24,7 @@ int Run(int argc, char** argv) {
   AddEval(&app, &exit_code);
   AddCalibrate(&app, &exit_code);
   AddBench(&app, &exit_code);
+  AddQuantize(&app, &exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -34,7 +35,7 @@ int Run(int argc, char** argv) {
   }
   if (app.get_subcommands().empty()) {
     std::fprintf(stderr,
-                 "atp: a command is required: serve, generate, eval, calibrate or bench (atp --help)\n");
+                 "atp: a command is required: serve, generate, eval, calibrate, bench or quantize (atp --help)\n");
     return 2;
   }
   return exit_code;

@@ -4,9 +4,9 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cli/load_progress.h"
-#include "engine/tokenizer_config.h"
 #include "kernels/backend_factory.h"
 #include "kernels/kv_page.h"
 #include "spdlog/spdlog.h"
@@ -17,12 +17,6 @@ namespace {
 KvFormat FormatOf(const KvCacheConfig& config, DType weights) {
   if (config.dtype == "auto") return weights == DType::kF32 ? KvFormat::kF32 : KvFormat::kBF16;
   return *KvFormatFromName(config.dtype);  // Validate() has checked it
-}
-
-bool HasTokenizer(const std::string& model_dir) {
-  std::error_code ignored;
-  return std::filesystem::exists(model_dir + "/tokenizer.model", ignored) ||
-         std::filesystem::exists(model_dir + "/tokenizer.json", ignored);
 }
 
 }  // namespace
@@ -40,7 +34,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
                                       const WrapBackend& wrap) {
   LoadedModel loaded;
   absl::StatusOr<std::unique_ptr<Backend>> backend =
-      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa});
+      MakeBackend({config.backend.device, config.backend.threads, config.backend.cpu_isa,
+                   config.model.activation_dtype == "bf16" ? DType::kBF16 : DType::kF32});
   if (!backend.ok()) return backend.status();
   loaded.backend = wrap ? wrap(*std::move(backend)) : *std::move(backend);
 
@@ -48,7 +43,8 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
   {
     LoadProgressBar bar(path);
     absl::StatusOr<std::unique_ptr<LlamaModel>> model = LlamaModel::Load(
-        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); });
+        path, loaded.backend.get(), limits, [&bar](size_t done, size_t total) { bar.Update(done, total); },
+        WeightDTypeFromName(config.model.weight_dtype));
     if (!model.ok()) return model.status();
     loaded.model = *std::move(model);
   }
@@ -102,8 +98,8 @@ namespace {
 // Fills in what is compressed, and the most blocks that one sequence can hold.
 absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const LlamaConfig& model = loaded->model->config();
-  absl::StatusOr<CompressionChoice> choice =
-      ChooseCompression(config.atp, config.model.path, model, config.kv_cache.block_tokens);
+  absl::StatusOr<CompressionChoice> choice = ChooseCompression(
+      config.atp, config.model.path, model, config.kv_cache.block_tokens, loaded->kv_format);
   if (!choice.ok()) return choice.status();
   loaded->compression = *std::move(choice);
   const int context = loaded->max_context_tokens;
@@ -131,7 +127,8 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config,
   options.kv_format = loaded->kv_format;
   options.prefix_cache = config.kv_cache.prefix_cache;
   options.compression = loaded->compression.settings;
-  options.override_settings = OverrideSettings(config, loaded->model->config(), loaded->compression);
+  options.override_settings =
+      OverrideSettings(config, loaded->model->config(), loaded->kv_format, loaded->compression);
   options.max_batch_tokens = config.scheduler.max_batch_tokens;
   options.max_prefill_chunk_tokens = config.scheduler.max_prefill_chunk_tokens;
   options.max_running_sequences = config.scheduler.max_running_requests;
@@ -162,8 +159,8 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
   }
   if (engine.plan() == nullptr) {
     spdlog::info(
-        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --ratio {:g}\"",
-        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").ratio);
+        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --bytes {:g}\"",
+        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").share);
     return;
   }
   const CompressionSettings& settings = choice.settings;
@@ -171,7 +168,7 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
       "atp={} ratio={:g} bits={} budgets={} segment_tokens={} window_tokens={} max_principal_keys={} "
       "kv_tokens_exact={} "
       "kv_tokens_compressed={} context_tokens={}",
-      choice.preset, choice.ratio, settings.bits,
+      choice.preset, choice.ratio, settings.head_bits.empty() ? absl::StrCat(settings.bits) : "per_head",
       choice.budgets_file.empty() ? "uniform" : choice.budgets_file, settings.segment_tokens,
       settings.window_tokens, settings.max_principal_keys, engine.kv_cache().token_capacity(),
       CompressedTokens(engine, choice.peak_blocks, loaded.max_context_tokens), loaded.max_context_tokens);
@@ -179,8 +176,9 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
     spdlog::warn(
         "all kv heads are compressed alike, which loses recall on many models: run atp calibrate --model {} "
         "--text "
-        "FILE --ratio {:g}",
-        model_dir, choice.ratio);
+        "FILE --bytes {:g}",
+        model_dir,
+        choice.preset == "ratio" ? choice.ratio * settings.bits / 16 : BudgetOf(choice.preset).share);
   }
 }
 
@@ -216,7 +214,7 @@ std::string ServedName(const ModelConfig& config) {
   // lexically_normal of "models/default/" ends in an empty name; "." needs the absolute path.
   std::filesystem::path path = std::filesystem::absolute(config.path, error).lexically_normal();
   if (!path.has_filename()) path = path.parent_path();
-  const std::string name = path.filename().string();
+  const std::string name = (path.extension() == ".gguf" ? path.stem() : path.filename()).string();
   return name.empty() ? "model" : name;
 }
 
@@ -234,7 +232,7 @@ ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded) 
 
 absl::StatusOr<ChatTemplate> LoadChatTemplate(const ModelConfig& config) {
   if (config.chat_template != "auto") return ChatTemplate::Create(config.chat_template);
-  absl::StatusOr<std::string> jinja = ReadChatTemplate(config.path);
+  absl::StatusOr<std::string> jinja = LoadChatTemplateText(config.path);
   if (!jinja.ok()) return jinja.status();
   return ChatTemplate::Detect(*jinja);
 }

@@ -68,6 +68,7 @@ void SettingsFlags::Add(const std::string& flag, const std::string& key) {
 
 void SettingsFlags::AddModelFlags() {
   Add("--model", "model.path");
+  Add("--weight-dtype", "model.weight_dtype");
   Add("--device", "backend.device");
   Add("--threads", "backend.threads");
   Add("--cpu-isa", "backend.cpu_isa");

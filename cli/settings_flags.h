@@ -24,7 +24,8 @@ class SettingsFlags {
 
   // `flag` ("--http-port") sets `key` ("server.http_port").
   void Add(const std::string& flag, const std::string& key);
-  // The flags that every command has which runs a model: --model, --device, --threads, --cpu-isa.
+  // The flags that every command has which runs a model: --model, --weight-dtype, --device, --threads,
+  // --cpu-isa.
   void AddModelFlags();
 
   // Defaults, then the file, then flags, then --set; checked. An error means bad arguments.

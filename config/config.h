@@ -12,9 +12,11 @@
 namespace atp {
 
 struct ModelConfig {
-  std::string path = "models/default";  // a Hugging Face directory
-  std::string name;                     // served model name; empty: the directory's name
-  std::string chat_template = "auto";   // auto | llama-2 | llama-3 | chatml | mistral | plain
+  std::string path = "models/default";   // a Hugging Face directory, a GGUF file, or a directory with one
+  std::string name;                      // served model name; empty: the directory's or file's name
+  std::string weight_dtype = "auto";     // auto (as stored) | f32 | bf16 | q8 | q4
+  std::string activation_dtype = "f32";  // f32 | bf16: what products with bf16 weights round activations to
+  std::string chat_template = "auto";    // auto | llama-2 | llama-3 | chatml | mistral | plain
 };
 
 struct BackendConfig {

@@ -122,7 +122,11 @@ std::string Range(const Setting& setting) {
     if (value != std::floor(value)) return FormatDouble(value);
     return FormatInteger(static_cast<int64_t>(value), setting.unit);
   };
-  return std::string(setting.min_excluded ? "(" : "[") + bound(setting.min) + ", " + bound(setting.max) + "]";
+  std::string out = setting.min_excluded ? "(" : "[";
+  out += bound(setting.min);
+  out += ", ";
+  out += bound(setting.max);
+  return out + "]";
 }
 
 std::string NotAllowed(const Setting& setting) { return "is not " + AllowedValues(setting); }

@@ -22,14 +22,25 @@ std::vector<Setting> MakeTable() {
   return {
       {.key = "model.path",
        .member = ATP_MEMBER(String, model.path),
-       .meaning = "model directory in Hugging Face layout"},
+       .meaning = "model directory in Hugging Face layout, GGUF file, or directory with one GGUF file"},
       {.key = "model.name",
        .member = ATP_MEMBER(String, model.name),
-       .meaning = "name that clients ask for; empty: the directory's name",
+       .meaning = "name that clients ask for; empty: the directory's or file's name",
        .may_be_empty = true},
+      {.key = "model.weight_dtype",
+       .member = ATP_MEMBER(String, model.weight_dtype),
+       .meaning =
+           "what weight matrices are kept as: auto (as they are stored), f32, bf16, q8 (8 bits and a scale "
+           "per 32 elements) or q4 (4 bits and a scale per 32 elements)",
+       .choices = {"auto", "f32", "bf16", "q8", "q4"}},
+      {.key = "model.activation_dtype",
+       .member = ATP_MEMBER(String, model.activation_dtype),
+       .meaning = "what activations are rounded to before they meet bf16 weights: f32 (not at all), or bf16, "
+                  "faster where the processor multiplies bf16",
+       .choices = {"f32", "bf16"}},
       {.key = "model.chat_template",
        .member = ATP_MEMBER(String, model.chat_template),
-       .meaning = "how chat messages become a prompt; auto: from the model's tokenizer_config.json",
+       .meaning = "how chat messages become a prompt; auto: from the template in the model's files",
        .choices = {"auto", "llama-2", "llama-3", "chatml", "mistral", "plain"}},
 
       {.key = "backend.device",
@@ -42,8 +53,8 @@ std::vector<Setting> MakeTable() {
        .max = 1024},
       {.key = "backend.cpu_isa",
        .member = ATP_MEMBER(String, backend.cpu_isa),
-       .meaning =
-           "SIMD instruction set; auto: the best that the machine has (avx512, avx2, sse4, scalar, ...)"},
+       .meaning = "SIMD instruction set; auto: the best that the machine has (avx512_bf16, avx512_vnni, "
+                  "avx512, avx2_vnni, avx2, sse4, scalar, ...)"},
 
       {.key = "scheduler.max_batch_tokens",
        .member = ATP_MEMBER(int, scheduler.max_batch_tokens),
@@ -91,7 +102,7 @@ std::vector<Setting> MakeTable() {
       {.key = "kv_cache.dtype",
        .member = ATP_MEMBER(String, kv_cache.dtype),
        .meaning = "element type of keys and values; auto: bf16 where the weights are 16-bit, else f32",
-       .choices = {"auto", "f32", "bf16"}},
+       .choices = {"auto", "f32", "bf16", "int8", "int4"}},
       {.key = "kv_cache.prefix_cache",
        .member = ATP_MEMBER(bool, kv_cache.prefix_cache),
        .meaning = "keep blocks of finished requests for prompts that begin alike"},

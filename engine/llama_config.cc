@@ -16,6 +16,9 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "engine/gguf.h"
+#include "engine/gguf_config.h"
+#include "engine/model_path.h"
 
 namespace atp {
 namespace {
@@ -24,14 +27,6 @@ using Json = nlohmann::json;
 
 constexpr size_t kMaxFileBytes = 1 << 20;
 constexpr int kMaxDepth = 32;
-// Far beyond every model of the family; their products fit into 63 bits.
-constexpr int64_t kMaxHidden = 1 << 17;
-constexpr int64_t kMaxIntermediate = 1 << 20;
-constexpr int64_t kMaxLayers = 1024;
-constexpr int64_t kMaxHeads = 1024;
-constexpr int64_t kMaxHeadDim = 1024;
-constexpr int64_t kMaxVocab = 1 << 24;
-constexpr int64_t kMaxPositions = 1 << 27;
 constexpr size_t kMaxEosIds = 64;
 
 constexpr std::string_view kLlama = "LlamaForCausalLM";
@@ -179,7 +174,7 @@ std::string FindArchitecture(const Json& document, Fields& fields) {
 //   where it is
 //            below context / high_freq_factor, blended between (Llama 3.1's reference implementation)
 std::vector<float> InverseFrequencies(Fields& fields, const Json* scaling, const std::string& source,
-                                      int head_dim, absl::Status* status) {
+                                      LlamaConfig* config, absl::Status* status) {
   constexpr double kMaxTheta = 1e15;
   constexpr double kMaxFactor = 1e6;
   const Json nothing = Json::object();
@@ -190,6 +185,8 @@ std::vector<float> InverseFrequencies(Fields& fields, const Json* scaling, const
   Fields scale(scaling == nullptr ? nothing : *scaling, absl::StrCat(source, ": rope_scaling"), status);
   const double theta =
       scale.Number("rope_theta", 0, kMaxTheta, fields.Number("rope_theta", 0, kMaxTheta, 10000.0));
+  config->rope_theta = theta;
+  const int head_dim = config->head_dim;
   const std::string type = scale.String("rope_type", scale.String("type", "default"));
   std::vector<float> frequencies;
   if (type != "default" && type != "linear" && type != "llama3") {
@@ -329,20 +326,27 @@ absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::s
   // Newer exports call it rope_parameters, and keep rope_theta in it.
   const Json* scaling = fields.Find("rope_scaling");
   if (scaling == nullptr) scaling = fields.Find("rope_parameters");
-  config.inverse_frequency = InverseFrequencies(fields, scaling, source, config.head_dim, &status);
+  config.inverse_frequency = InverseFrequencies(fields, scaling, source, &config, &status);
   if (!status.ok()) return status;
   return config;
 }
 
-absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model_dir) {
-  const std::string path = absl::StrCat(model_dir, "/config.json");
+absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model) {
+  absl::StatusOr<std::string> gguf = FindGguf(model);
+  if (!gguf.ok()) return gguf.status();
+  if (!gguf->empty()) {
+    absl::StatusOr<std::shared_ptr<const GgufFile>> file = GgufFile::Open(*gguf);
+    if (!file.ok()) return file.status();
+    return GgufLlamaConfig(**file);
+  }
+  const std::string path = absl::StrCat(model, "/config.json");
   absl::StatusOr<std::string> text = ReadSmallFile(path);
   if (!text.ok()) return text.status();
   absl::StatusOr<LlamaConfig> config = ParseLlamaConfig(*text, path);
   if (!config.ok()) return config;
 
   // Chat models end their turn with a token that often only generation_config.json knows.
-  const std::string generation_path = absl::StrCat(model_dir, "/generation_config.json");
+  const std::string generation_path = absl::StrCat(model, "/generation_config.json");
   absl::StatusOr<std::string> generation = ReadSmallFile(generation_path);
   if (absl::IsNotFound(generation.status())) return config;
   if (!generation.ok()) return generation.status();

@@ -1,4 +1,4 @@
-// Shape of a Llama-family model, from a Hugging Face config.json.
+// Shape of a Llama-family model, from a Hugging Face config.json or the metadata of a GGUF file.
 #ifndef ATP_ENGINE_LLAMA_CONFIG_H_
 #define ATP_ENGINE_LLAMA_CONFIG_H_
 
@@ -10,6 +10,15 @@
 #include "absl/status/statusor.h"
 
 namespace atp {
+
+// Far beyond every model of the family; their products fit into 63 bits.
+inline constexpr int64_t kMaxHidden = 1 << 17;
+inline constexpr int64_t kMaxIntermediate = 1 << 20;
+inline constexpr int64_t kMaxLayers = 1024;
+inline constexpr int64_t kMaxHeads = 1024;
+inline constexpr int64_t kMaxHeadDim = 1024;
+inline constexpr int64_t kMaxVocab = 1 << 24;
+inline constexpr int64_t kMaxPositions = 1 << 27;
 
 struct LlamaConfig {
   std::string architecture;  // "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"
@@ -28,6 +37,7 @@ struct LlamaConfig {
   bool qkv_bias = false;     // Qwen2, or attention_bias: q, k, v have a bias
   bool output_bias = false;  // attention_bias of LlamaForCausalLM: o_proj has one, too
   bool mlp_bias = false;
+  double rope_theta = 10000.0;
   std::vector<float> inverse_frequency;  // [head_dim / 2], rope_scaling applied (llama3, linear)
   std::vector<int32_t> eos_token_ids;
   int32_t bos_token_id = -1;  // -1: none
@@ -39,7 +49,8 @@ std::vector<std::string_view> SupportedArchitectures();
 // `source` names the file in errors. Every size is checked against sane limits before anything is computed
 // from it.
 absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::string& source);
-absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model_dir);
+// `model` is a directory or a GGUF file (model_path.h).
+absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model);
 
 }  // namespace atp
 

@@ -74,14 +74,16 @@ struct LlamaModel::Activations {
   std::vector<KvSequence> sequences;  // scratch: the batch's entries as ops see them, in one layer
 };
 
-absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& model_dir, Backend* backend,
+absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& model_path, Backend* backend,
                                                              const ModelLimits& limits,
-                                                             const LoadProgress& progress) {
+                                                             const LoadProgress& progress,
+                                                             std::optional<DType> weight_dtype) {
   Check(limits.max_batch_rows > 0 && limits.max_logit_rows > 0 && limits.max_batch_entries > 0,
         "positive limits");
-  absl::StatusOr<LlamaConfig> config = LoadLlamaConfig(model_dir);
+  absl::StatusOr<LlamaConfig> config = LoadLlamaConfig(model_path);
   if (!config.ok()) return config.status();
-  absl::StatusOr<LlamaWeights> weights = LoadLlamaWeights(model_dir, *config, backend, progress);
+  absl::StatusOr<LlamaWeights> weights =
+      LoadLlamaWeights(model_path, *config, weight_dtype, backend, progress);
   if (!weights.ok()) return weights.status();
   std::unique_ptr<LlamaModel> model(new LlamaModel(*std::move(config), *std::move(weights), backend, limits));
   if (absl::Status allocated = model->AllocateActivations(); !allocated.ok()) return allocated;

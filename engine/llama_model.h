@@ -3,6 +3,7 @@
 #define ATP_ENGINE_LLAMA_MODEL_H_
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -25,10 +26,12 @@ struct ModelLimits {
 
 class LlamaModel {
  public:
-  // Loads config.json and the weights; `backend` outlives the model. Allocates all activations for `limits`.
-  static absl::StatusOr<std::unique_ptr<LlamaModel>> Load(const std::string& model_dir, Backend* backend,
+  // Loads configuration and weights; `backend` outlives the model. Allocates all activations for `limits`.
+  // `model` and `weight_dtype` as in LoadLlamaWeights().
+  static absl::StatusOr<std::unique_ptr<LlamaModel>> Load(const std::string& model, Backend* backend,
                                                           const ModelLimits& limits,
-                                                          const LoadProgress& progress);
+                                                          const LoadProgress& progress,
+                                                          std::optional<DType> weight_dtype = std::nullopt);
   ~LlamaModel();
 
   const LlamaConfig& config() const { return config_; }

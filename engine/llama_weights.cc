@@ -12,17 +12,13 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "engine/safetensors.h"
+#include "engine/gguf_config.h"
+#include "engine/safetensors_header.h"
+#include "engine/weight_source.h"
+#include "kernels/host_memory.h"
 
 namespace atp {
 namespace {
-
-std::optional<DType> ComputeDType(std::string_view safetensors_dtype) {
-  if (safetensors_dtype == "F32") return DType::kF32;
-  if (safetensors_dtype == "BF16") return DType::kBF16;
-  if (safetensors_dtype == "F16") return DType::kF16;
-  return std::nullopt;
-}
 
 // One tensor that the model needs, and where it goes.
 struct Item {
@@ -30,7 +26,8 @@ struct Item {
   std::vector<int64_t>
       shape;  // two dimensions: a matrix, given to the backend as it is; one: a vector, converted to F32
   Weight* destination;
-  const SafetensorsTensor* tensor = nullptr;  // set once found and checked
+  int rotary_head_dim = 0;   // rows are rotated in pairs within heads of this size; 0: not
+  StoredTensor tensor = {};  // set once found and checked
 };
 
 // Every tensor of the model by its Hugging Face name, in the order of use. `absent`: names that must not be
@@ -43,6 +40,8 @@ struct Plan {
     items.push_back({std::move(name), {rows, cols}, to});
   }
   void Vector(std::string name, int64_t size, Weight* to) { items.push_back({std::move(name), {size}, to}); }
+  // The last item's rows are those of queries or keys.
+  void Rotary(int head_dim) { items.back().rotary_head_dim = head_dim; }
   void Bias(std::string name, bool present, int64_t size, Weight* to) {
     if (present) {
       Vector(std::move(name), size, to);
@@ -62,9 +61,13 @@ void PlanLayer(const LlamaConfig& config, int index, LlamaLayerWeights* layer, P
   const std::string mlp = absl::StrCat(prefix, "mlp.");
   plan->Vector(prefix + "input_layernorm.weight", hidden, &layer->attention_norm);
   plan->Matrix(attention + "q_proj.weight", query, hidden, &layer->query);
+  plan->Rotary(config.head_dim);
   plan->Bias(attention + "q_proj.bias", config.qkv_bias, query, &layer->query_bias);
+  if (config.qkv_bias) plan->Rotary(config.head_dim);
   plan->Matrix(attention + "k_proj.weight", kv, hidden, &layer->key);
+  plan->Rotary(config.head_dim);
   plan->Bias(attention + "k_proj.bias", config.qkv_bias, kv, &layer->key_bias);
+  if (config.qkv_bias) plan->Rotary(config.head_dim);
   plan->Matrix(attention + "v_proj.weight", kv, hidden, &layer->value);
   plan->Bias(attention + "v_proj.bias", config.qkv_bias, kv, &layer->value_bias);
   plan->Matrix(attention + "o_proj.weight", hidden, query, &layer->output);
@@ -91,58 +94,70 @@ Plan MakePlan(const LlamaConfig& config, LlamaWeights* weights) {
   return plan;
 }
 
+std::string WhereOf(const StoredTensor& tensor) {
+  return absl::StrCat(tensor.file, ": tensor ", QuoteForError(tensor.name), ": ");
+}
+
 std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-absl::Status CheckItem(const SafetensorsSet& files, Item* item) {
-  item->tensor = files.Find(item->name);
-  const std::string quoted = QuoteForError(item->name);
-  const std::string shape = ShapeText(item->shape);
-  if (item->tensor == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat(files.source(), ": tensor ", quoted, ": expected shape ",
-                                                   shape, " as config.json says, found no such tensor"));
+absl::Status CheckItem(const WeightSource& source, Item* item) {
+  const std::string shape = absl::StrCat(ShapeText(item->shape), " as ", source.described_by(), " says");
+  std::optional<StoredTensor> found = source.Find(item->name);
+  if (!found) {
+    return absl::InvalidArgumentError(absl::StrCat(source.source(), ": tensor ",
+                                                   QuoteForError(source.NameInFile(item->name)),
+                                                   ": expected shape ", shape, ", found no such tensor"));
   }
-  const SafetensorsTensor& tensor = *item->tensor;
-  if (tensor.shape != item->shape) {
-    return absl::InvalidArgumentError(absl::StrCat(tensor.file, ": tensor ", quoted, ": expected shape ",
-                                                   shape, " as config.json says, found ",
-                                                   ShapeText(tensor.shape)));
+  item->tensor = *std::move(found);
+  const std::string where = WhereOf(item->tensor);
+  if (item->tensor.shape != item->shape) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "expected shape ", shape, ", found ", ShapeText(item->tensor.shape)));
   }
-  const std::optional<DType> dtype = ComputeDType(tensor.dtype);
-  if (!dtype.has_value()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        tensor.file, ": tensor ", quoted, ": expected dtype F32, BF16 or F16, found ", tensor.dtype));
+  const bool vector = item->shape.size() == 1;
+  if (!item->tensor.dtype.has_value() || (vector && IsQuantized(*item->tensor.dtype))) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "expected dtype F32, BF16 or F16, found ", item->tensor.type));
   }
   return absl::OkStatus();
 }
 
 TensorView ViewOf(const Item& item) {
   const bool matrix = item.shape.size() == 2;
-  return {item.tensor->data.data(), *ComputeDType(item.tensor->dtype), matrix ? item.shape[0] : 1,
-          item.shape.back()};
+  return {item.tensor.data.data(), *item.tensor.dtype, matrix ? item.shape[0] : 1, item.shape.back()};
 }
 
-absl::Status CheckPlan(const SafetensorsSet& files, const Backend& backend, const LlamaConfig& config,
-                       Plan* plan) {
-  for (const std::string& name : plan->absent) {
-    if (const SafetensorsTensor* tensor = files.Find(name)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(tensor->file, ": tensor ", QuoteForError(name),
-                       ": expected no such bias as config.json says, found one"));
+// What a matrix is kept as. Rows that are no whole blocks of the wanted dtype stay as they are stored.
+DType KeptDType(const Item& item, std::optional<DType> wanted) {
+  const bool fits = wanted && item.shape.back() % BlockOf(*wanted).elements == 0;
+  return fits ? *wanted : *item.tensor.dtype;
+}
+
+absl::Status CheckAbsent(const WeightSource& source, const Plan& plan) {
+  for (const std::string& name : plan.absent) {
+    if (const std::optional<StoredTensor> tensor = source.Find(name)) {
+      return absl::InvalidArgumentError(absl::StrCat(WhereOf(*tensor), "expected no such bias as ",
+                                                     source.described_by(), " says, found one"));
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPlan(const WeightSource& source, const Backend& backend, const LlamaConfig& config,
+                       std::optional<DType> wanted, Plan* plan) {
+  if (absl::Status absent = CheckAbsent(source, *plan); !absent.ok()) return absent;
   for (Item& item : plan->items) {
-    if (absl::Status checked = CheckItem(files, &item); !checked.ok()) return checked;
+    if (absl::Status checked = CheckItem(source, &item); !checked.ok()) return checked;
     OpDesc desc;
-    desc.weight_dtype = ViewOf(item).dtype;
+    desc.weight_dtype = item.shape.size() == 2 ? KeptDType(item, wanted) : *item.tensor.dtype;
     desc.head_dim = config.head_dim;
     desc.block_entries = 16;
     if (!backend.Supports(desc)) {
-      return absl::UnimplementedError(absl::StrCat(item.tensor->file, ": tensor ", QuoteForError(item.name),
-                                                   ": dtype ", item.tensor->dtype, " with head_dim ",
-                                                   config.head_dim, " is not supported by the backend (",
-                                                   backend.Description(), ")"));
+      return absl::UnimplementedError(
+          absl::StrCat(WhereOf(item.tensor), "dtype ", item.tensor.type, " with head_dim ", config.head_dim,
+                       " is not supported by the backend (", backend.Description(), ")"));
     }
   }
   return absl::OkStatus();
@@ -163,6 +178,29 @@ void FaultIn(std::span<const std::byte> data, const Report& report) {
     }
     report(end - begin);
   }
+}
+
+// Gives back the pages of a mapping that were copied from, so that they do not count as ours.
+void DropPages(std::span<const std::byte> data) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t begin = (reinterpret_cast<uintptr_t>(data.data()) + page - 1) / page * page;
+  const size_t end = (reinterpret_cast<uintptr_t>(data.data()) + data.size()) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+// The rows of queries or keys in our order, from where a converter has interleaved the pairs of each head
+// (gguf_config.h). Whole rows move, so quantised ones stay what they are. A vector is rows of one element.
+absl::StatusOr<Buffer> InOurOrder(const Item& item) {
+  const int64_t rows = item.shape.front();
+  const size_t row_bytes = item.tensor.data.size() / static_cast<size_t>(rows);
+  absl::StatusOr<Buffer> memory = AllocateHostMemory(item.tensor.data.size());
+  if (!memory.ok()) return memory;
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto from = static_cast<size_t>(InterleavedRow(row, item.rotary_head_dim));
+    std::memcpy(memory->data() + static_cast<size_t>(row) * row_bytes,
+                item.tensor.data.data() + from * row_bytes, row_bytes);
+  }
+  return memory;
 }
 
 absl::StatusOr<Weight> LoadVector(const TensorView& host, Backend* backend) {
@@ -188,6 +226,25 @@ absl::StatusOr<Weight> LoadVector(const TensorView& host, Backend* backend) {
   return weight;
 }
 
+absl::StatusOr<Weight> LoadItem(const Item& item, bool interleaved, std::optional<DType> wanted,
+                                Backend* backend) {
+  TensorView host = ViewOf(item);
+  Buffer reordered;
+  if (interleaved && item.rotary_head_dim > 0) {
+    absl::StatusOr<Buffer> memory = InOurOrder(item);
+    if (!memory.ok()) return memory.status();
+    reordered = *std::move(memory);
+    host.data = reordered.data();
+  }
+  absl::StatusOr<Weight> weight =
+      item.shape.size() == 2 ? backend->LoadWeight(host, KeptDType(item, wanted)) : LoadVector(host, backend);
+  if (!weight.ok()) return weight;
+  const bool uses_mapping = weight->memory.data() == nullptr && reordered.data() == nullptr;
+  if (weight->memory.data() == nullptr) weight->memory = std::move(reordered);  // what the view points into
+  if (!uses_mapping) DropPages(item.tensor.data);
+  return weight;
+}
+
 }  // namespace
 
 LlamaWeights::LlamaWeights() = default;
@@ -195,36 +252,58 @@ LlamaWeights::LlamaWeights(LlamaWeights&&) noexcept = default;
 LlamaWeights& LlamaWeights::operator=(LlamaWeights&&) noexcept = default;
 LlamaWeights::~LlamaWeights() = default;
 
-absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model_dir, const LlamaConfig& config,
-                                              Backend* backend, const LoadProgress& progress) {
-  absl::StatusOr<std::shared_ptr<SafetensorsSet>> files = SafetensorsSet::Open(model_dir);
-  if (!files.ok()) return files.status();
+std::optional<DType> WeightDTypeFromName(std::string_view name) {
+  if (name == "f32") return DType::kF32;
+  if (name == "bf16") return DType::kBF16;
+  if (name == "q8") return DType::kQ8_0;
+  if (name == "q4") return DType::kQ4;
+  return std::nullopt;
+}
+
+absl::StatusOr<std::vector<LlamaTensor>> FindLlamaTensors(const WeightSource& source,
+                                                          const LlamaConfig& config) {
+  LlamaWeights nowhere;
+  Plan plan = MakePlan(config, &nowhere);
+  std::vector<LlamaTensor> found;
+  if (absl::Status absent = CheckAbsent(source, plan); !absent.ok()) return absent;
+  for (Item& item : plan.items) {
+    if (absl::Status checked = CheckItem(source, &item); !checked.ok()) return checked;
+    found.push_back({std::move(item.tensor), item.rotary_head_dim});
+  }
+  return found;
+}
+
+absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model, const LlamaConfig& config,
+                                              std::optional<DType> wanted, Backend* backend,
+                                              const LoadProgress& progress) {
+  absl::StatusOr<std::shared_ptr<const WeightSource>> source = WeightSource::Open(model);
+  if (!source.ok()) return source.status();
   LlamaWeights weights;
-  weights.files = *std::move(files);
+  weights.source = *std::move(source);
   // Everything is checked before anything is loaded: a bad file fails at once, not after minutes of reading.
   Plan plan = MakePlan(config, &weights);
-  if (absl::Status checked = CheckPlan(*weights.files, *backend, config, &plan); !checked.ok())
+  if (absl::Status checked = CheckPlan(*weights.source, *backend, config, wanted, &plan); !checked.ok())
     return checked;
-  for (const Item& item : plan.items) weights.bytes += item.tensor->data.size();
-  weights.dtype = ViewOf(plan.items.front()).dtype;
+  size_t total = 0, done = 0;
+  for (const Item& item : plan.items) total += item.tensor.data.size();
 
-  size_t done = 0;
+  const bool interleaved = weights.source->is_gguf() && HasInterleavedRows(config);
   const auto report = [&](size_t bytes) {
     done += bytes;
-    if (progress) progress(done, weights.bytes);
+    if (progress) progress(done, total);
   };
   for (const Item& item : plan.items) {
-    const TensorView host = ViewOf(item);
-    FaultIn(item.tensor->data, report);
-    absl::StatusOr<Weight> weight =
-        item.shape.size() == 2 ? backend->LoadWeight(host) : LoadVector(host, backend);
+    FaultIn(item.tensor.data, report);
+    absl::StatusOr<Weight> weight = LoadItem(item, interleaved, wanted, backend);
     if (!weight.ok()) {
       return absl::Status(weight.status().code(),
-                          absl::StrCat(item.tensor->file, ": tensor ", QuoteForError(item.name), ": ",
-                                       weight.status().message()));
+                          absl::StrCat(WhereOf(item.tensor), weight.status().message()));
     }
+    const TensorView& view = weight->view;
+    weights.bytes += static_cast<size_t>(view.rows) * RowBytes(view.dtype, view.cols);
     *item.destination = *std::move(weight);
   }
+  weights.dtype = weights.layers.front().gate.view.dtype;
   weights.lm_head = config.tied_embeddings ? weights.embedding.view : weights.lm_head_memory.view;
   return weights;
 }

@@ -13,9 +13,11 @@
 namespace atp {
 
 // GPT-2's pattern, which the ByteLevel pre-tokenizer uses by itself, and Llama 3's, which its tokenizer.model
-// implies.
+// implies; and those that GGUF files know by a name only: Qwen 2's and Mistral's Tekken.
 extern const char kGpt2Pattern[];
 extern const char kLlama3Pattern[];
+extern const char kQwen2Pattern[];
+extern const char kTekkenPattern[];
 
 // One compiled regular expression (PCRE2, Unicode properties), read as the Oniguruma of Hugging Face's
 // tokenizers reads it. Immutable, so shared between threads.

@@ -1,64 +1,15 @@
 #include "engine/safetensors.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
-#include <cstring>
 #include <map>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "engine/mapped_file.h"
 
 namespace atp {
-
-// A whole file, mapped for reading.
-class MappedFile {
- public:
-  static absl::StatusOr<std::unique_ptr<MappedFile>> Open(const std::string& path) {
-    // O_NONBLOCK: opening a pipe that somebody put there must not wait for its writer.
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0) return Failure(path, "cannot open");
-    struct stat info = {};
-    const bool known = fstat(fd, &info) == 0;
-    if (!known || !S_ISREG(info.st_mode) || info.st_size == 0) {
-      close(fd);
-      if (!known) return Failure(path, "cannot stat");
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, ": expected a regular file, found ",
-                       S_ISREG(info.st_mode) ? "an empty one" : "something else"));
-    }
-    const size_t bytes = static_cast<size_t>(info.st_size);
-    void* data = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
-    absl::Status mapped = data == MAP_FAILED ? Failure(path, "cannot map") : absl::OkStatus();
-    close(fd);
-    if (!mapped.ok()) return mapped;
-    return std::unique_ptr<MappedFile>(new MappedFile(data, bytes));
-  }
-
-  ~MappedFile() { munmap(data_, bytes_); }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(data_), bytes_}; }
-  std::string_view text() const { return {static_cast<const char*>(data_), bytes_}; }
-
- private:
-  MappedFile(void* data, size_t bytes) : data_(data), bytes_(bytes) {}
-
-  static absl::Status Failure(const std::string& path, absl::string_view what) {
-    const int error = errno;
-    const absl::StatusCode code =
-        error == ENOENT ? absl::StatusCode::kNotFound : absl::StatusCode::kFailedPrecondition;
-    return absl::Status(code, absl::StrCat(path, ": ", what, ": ", strerror(error)));
-  }
-
-  void* data_;
-  size_t bytes_;
-};
 
 SafetensorsSet::SafetensorsSet() = default;
 SafetensorsSet::~SafetensorsSet() = default;
@@ -75,8 +26,8 @@ absl::StatusOr<std::shared_ptr<SafetensorsSet>> SafetensorsSet::Open(const std::
   } else {
     opened = absl::NotFoundError(absl::StrCat(
         model_dir,
-        ": expected model.safetensors or model.safetensors.index.json, found neither; weights in another "
-        "format (pytorch_model.bin, gguf) must be converted to safetensors first"));
+        ": expected model.safetensors or model.safetensors.index.json, found neither, and no .gguf file; weights "
+        "in another format (pytorch_model.bin) must be converted to safetensors first"));
   }
   if (!opened.ok()) return opened;
   return set;

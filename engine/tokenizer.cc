@@ -1,9 +1,14 @@
 #include "engine/tokenizer.h"
 
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "engine/detokenizer.h"
+#include "engine/gguf.h"
+#include "engine/gguf_tokenizer.h"
+#include "engine/model_path.h"
 #include "engine/tokenizer_config.h"
 
 namespace atp {
@@ -24,6 +29,30 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizerJson(const std::string& 
   return ParseTokenizerJson(*bytes, path, config);
 }
 
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadFromDirectory(const std::string& directory) {
+  absl::StatusOr<TokenizerConfig> config = ReadTokenizerConfig(directory);
+  if (!config.ok()) return config.status();
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
+      LoadTokenizerModel(directory + "/tokenizer.model", *config);
+  if (absl::IsNotFound(tokenizer.status()))
+    tokenizer = LoadTokenizerJson(directory + "/tokenizer.json", *config);
+  if (absl::IsNotFound(tokenizer.status())) {
+    return absl::NotFoundError(absl::StrCat(
+        directory, ": neither tokenizer.model nor tokenizer.json is there; a model needs one of them"));
+  }
+  return tokenizer;
+}
+
+// Null where the model is no GGUF file with a tokenizer in it.
+absl::StatusOr<std::shared_ptr<const GgufFile>> GgufWithTokenizer(const std::string& model) {
+  const absl::StatusOr<std::string> path = FindGguf(model);
+  if (!path.ok()) return path.status();
+  if (path->empty()) return std::shared_ptr<const GgufFile>();
+  absl::StatusOr<std::shared_ptr<const GgufFile>> file = GgufFile::Open(*path);
+  if (file.ok() && !HasGgufTokenizer(**file)) return std::shared_ptr<const GgufFile>();
+  return file;
+}
+
 }  // namespace
 
 std::string Tokenizer::Decode(std::span<const TokenId> ids, bool keep_special) const {
@@ -33,25 +62,35 @@ std::string Tokenizer::Decode(std::span<const TokenId> ids, bool keep_special) c
   return text + detokenizer.Flush();
 }
 
-absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model_dir,
-                                                         int64_t embedding_rows) {
-  absl::StatusOr<TokenizerConfig> config = ReadTokenizerConfig(model_dir);
-  if (!config.ok()) return config.status();
-  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
-      LoadTokenizerModel(model_dir + "/tokenizer.model", *config);
-  if (absl::IsNotFound(tokenizer.status()))
-    tokenizer = LoadTokenizerJson(model_dir + "/tokenizer.json", *config);
-  if (absl::IsNotFound(tokenizer.status())) {
-    return absl::NotFoundError(absl::StrCat(
-        model_dir, ": neither tokenizer.model nor tokenizer.json is there; a model needs one of them"));
+bool HasTokenizer(const std::string& model) {
+  std::error_code ignored;
+  const std::string directory = ModelDirectory(model);
+  if (std::filesystem::exists(directory + "/tokenizer.model", ignored) ||
+      std::filesystem::exists(directory + "/tokenizer.json", ignored)) {
+    return true;
   }
+  const auto gguf = GgufWithTokenizer(model);
+  return gguf.ok() && *gguf != nullptr;
+}
+
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model, int64_t embedding_rows) {
+  const auto gguf = GgufWithTokenizer(model);
+  if (!gguf.ok()) return gguf.status();
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
+      *gguf != nullptr ? LoadGgufTokenizer(**gguf) : LoadFromDirectory(ModelDirectory(model));
   if (!tokenizer.ok()) return tokenizer;
   if (embedding_rows > 0 && (*tokenizer)->vocab_size() > embedding_rows) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        model_dir, ": the tokenizer has ", (*tokenizer)->vocab_size(),
-        " tokens, but the model's embedding has ", embedding_rows, " rows; they are not of the same model"));
+    return absl::InvalidArgumentError(absl::StrCat(model, ": the tokenizer has ", (*tokenizer)->vocab_size(),
+                                                   " tokens, but the model's embedding has ", embedding_rows,
+                                                   " rows; they are not of the same model"));
   }
   return tokenizer;
+}
+
+absl::StatusOr<std::string> LoadChatTemplateText(const std::string& model) {
+  const auto gguf = GgufWithTokenizer(model);
+  if (!gguf.ok()) return gguf.status();
+  return *gguf != nullptr ? GgufChatTemplate(**gguf) : ReadChatTemplate(ModelDirectory(model));
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::string& path) {

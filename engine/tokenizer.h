@@ -55,11 +55,15 @@ class Tokenizer {
   std::string Decode(std::span<const TokenId> ids, bool keep_special = false) const;
 };
 
-// Looks for tokenizer.model, then tokenizer.json, in a model directory, and reads tokenizer_config.json,
-// generation_config.json and config.json for BOS/EOS where present. `embedding_rows` is the model's
-// vocabulary: a tokenizer with more ids than that is an error naming both numbers; 0 skips the check.
-absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model_dir,
-                                                         int64_t embedding_rows);
+// The tokenizer of a model (model_path.h): of a GGUF file the one in it; of a directory tokenizer.model, then
+// tokenizer.json, with what tokenizer_config.json, generation_config.json and config.json say about BOS/EOS.
+// A GGUF file without one has its directory's. `embedding_rows` is the model's vocabulary: a tokenizer with
+// more ids than that is an error naming both numbers; 0 skips the check.
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& model, int64_t embedding_rows);
+// Whether there is one at all.
+bool HasTokenizer(const std::string& model);
+// The model's chat template (Jinja), from where its tokenizer is; "" if none.
+absl::StatusOr<std::string> LoadChatTemplateText(const std::string& model);
 
 // The two kinds by themselves, from the path of the file.
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadSentencePieceTokenizer(const std::string& path);

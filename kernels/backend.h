@@ -44,7 +44,10 @@ class Backend {
   virtual size_t FreeMemoryBytes() { return 0; }
   // Start-up only. ResourceExhausted names the bytes asked for. Memory is zeroed and 64-byte aligned.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
-  virtual absl::StatusOr<Weight> LoadWeight(const TensorView& host) = 0;
+  // A matrix kept as `dtype`: rows are converted one at a time where the host's is another (then
+  // CanQuantizeTo(dtype), kernels/quantized.h). Where the result has `memory`, the host's is no longer
+  // needed. InvalidArgument: cols is not a multiple of dtype's block, or there is no such conversion.
+  virtual absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) = 0;
   virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
   virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
 

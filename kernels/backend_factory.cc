@@ -51,7 +51,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& optio
   const std::vector<cpu::Isa> isas = cpu::AvailableIsas();
   for (const cpu::Isa& isa : isas) {
     if (options.cpu_isa == "auto" || options.cpu_isa == isa.name) {
-      return cpu::MakeCpuBackend(isa, options.threads);
+      return cpu::MakeCpuBackend(isa, options.threads, options.activation_dtype);
     }
   }
   return absl::InvalidArgumentError(absl::StrCat("CPU instruction set '", options.cpu_isa,

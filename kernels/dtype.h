@@ -1,4 +1,4 @@
-// Element types of weights, and their sizes. Arithmetic is always fp32; these are storage formats.
+// Element types of weights, and their sizes. These are storage formats; sums are fp32 whatever they are.
 #ifndef ATP_KERNELS_DTYPE_H_
 #define ATP_KERNELS_DTYPE_H_
 
@@ -54,6 +54,23 @@ constexpr float F16ToFloat(uint16_t bits) {
   if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (mantissa << 13));
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // zero or subnormal
   return sign ? -magnitude : magnitude;
+}
+
+// Round to nearest even; too large becomes infinity, NaN stays NaN.
+constexpr uint16_t FloatToF16(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x47800000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Subnormal: adding 0.5 leaves the value in units of 2^-24 in the low bits, rounded by the addition
+    // itself.
+    const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(rounded) - 0x3f000000u));
+  }
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
 }  // namespace atp

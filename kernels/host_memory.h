@@ -15,9 +15,12 @@ namespace atp {
 // ResourceExhausted, naming the bytes, when the system refuses.
 absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes);
 
-// A view of `host` as it is, or an aligned copy where its address is not a multiple of its element size
-// (offsets in a safetensors file need not be).
-absl::StatusOr<Weight> LoadHostWeight(const TensorView& host);
+// A view of `host` as it is; a copy in `dtype` where that differs, or where the address is not a multiple of
+// the element size (offsets in a safetensors file need not be). InvalidArgument as Backend::LoadWeight says.
+absl::StatusOr<Weight> LoadHostWeight(const TensorView& host, DType dtype);
+
+// Whether `host` can be kept as `dtype`: InvalidArgument says why not.
+absl::Status CheckConversion(const TensorView& host, DType dtype);
 
 // memcpy, where no bytes may come from and go to nowhere (null).
 void CopyHostMemory(void* to, const void* from, size_t bytes);

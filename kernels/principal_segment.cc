@@ -8,6 +8,10 @@
 #include "kernels/dtype.h"
 
 namespace atp {
+namespace {
+constexpr int kFine = 64;  // positions of the fine table of angles
+}
+
 void StoreQuerySample(const StoreQueriesArgs& args, const QuerySampleRow& row) {
   const QueryPage& page = *args.page;
   const int per_head = page.blocks_per_head();
@@ -40,26 +44,59 @@ void PrincipalSegment::GatherEntries(const KvPool& pool, const KvPage& page, con
   values_.resize(log_mass_.size() * d);
 }
 
+// The references of a segment are asked from a short stretch of positions, each frequency at each of them:
+// sums of two angles are much cheaper than as many sines.
+void PrincipalSegment::PrepareAngles(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) {
+  const size_t half = static_cast<size_t>(args.query_page->head_dim()) / 2;
+  const auto fill = [&](std::vector<double>* table, int count, int first, int step) {
+    table->resize(static_cast<size_t>(count) * 2 * half);
+    for (int k = 0; k < count; ++k) {
+      double* row = table->data() + static_cast<size_t>(k) * 2 * half;
+      for (size_t i = 0; i < half; ++i) {
+        const double angle = static_cast<double>(first + k * step) * args.inverse_frequency[i];
+        row[i] = std::cos(angle);
+        row[half + i] = std::sin(angle);
+      }
+    }
+  };
+  if (!std::equal(frequencies_.begin(), frequencies_.end(), args.inverse_frequency,
+                  args.inverse_frequency + half)) {
+    frequencies_.assign(args.inverse_frequency, args.inverse_frequency + half);
+    fill(&fine_, kFine, 0, 1);
+    coarse_.clear();
+  }
+  const auto [least, most] =
+      std::minmax_element(job.positions, job.positions + static_cast<ptrdiff_t>(args.group) * job.samples);
+  const int begin = *least / kFine, end = *most / kFine + 1;
+  const int known = static_cast<int>(coarse_.size() / (2 * half));
+  if (begin >= coarse_begin_ && end <= coarse_begin_ + known) return;
+  coarse_begin_ = begin;
+  fill(&coarse_, end - begin, begin * kFine, kFine);
+}
+
 // Rotates each kept query to the position it is asked from, and scales it by 1/sqrt(d).
 void PrincipalSegment::GatherQueries(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) {
   const QueryPage& page = *args.query_page;
   const int d = page.head_dim(), half = d / 2;
   const double scale = 1.0 / std::sqrt(static_cast<double>(d));
   queries_.resize(static_cast<size_t>(args.group) * job.samples * d);
+  bits_.resize(static_cast<size_t>(d));
+  PrepareAngles(args, job);
   float* out = queries_.data();
   for (int g = 0; g < args.group; ++g) {
     for (int s = 0; s < job.samples; ++s, out += d) {
       const BlockId id = job.queries[g * page.blocks_per_head() + s / page.per_block()];
       const std::byte* in = args.pool.data + static_cast<size_t>(id) * args.pool.block_bytes + page.offset(s);
-      const double position = job.positions[g * job.samples + s];
+      const int position = job.positions[g * job.samples + s];
+      const double* fine = fine_.data() + static_cast<size_t>(position % kFine) * d;
+      const double* coarse = coarse_.data() + static_cast<size_t>(position / kFine - coarse_begin_) * d;
+      std::memcpy(bits_.data(), in, static_cast<size_t>(d) * sizeof(uint16_t));
       for (int i = 0; i < half; ++i) {
-        uint16_t low, high;
-        std::memcpy(&low, in + i * sizeof(low), sizeof(low));
-        std::memcpy(&high, in + (i + half) * sizeof(high), sizeof(high));
-        const double a = BF16ToFloat(low), b = BF16ToFloat(high),
-                     angle = position * args.inverse_frequency[i];
-        out[i] = static_cast<float>((a * std::cos(angle) - b * std::sin(angle)) * scale);
-        out[i + half] = static_cast<float>((b * std::cos(angle) + a * std::sin(angle)) * scale);
+        const double a = BF16ToFloat(bits_[i]), b = BF16ToFloat(bits_[i + half]);
+        const double cosine = coarse[i] * fine[i] - coarse[half + i] * fine[half + i];
+        const double sine = coarse[half + i] * fine[i] + coarse[i] * fine[half + i];
+        out[i] = static_cast<float>((a * cosine - b * sine) * scale);
+        out[i + half] = static_cast<float>((b * cosine + a * sine) * scale);
       }
     }
   }

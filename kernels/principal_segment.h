@@ -3,6 +3,7 @@
 #ifndef ATP_KERNELS_PRINCIPAL_SEGMENT_H_
 #define ATP_KERNELS_PRINCIPAL_SEGMENT_H_
 
+#include <cstdint>
 #include <vector>
 
 #include "kernels/op_args.h"
@@ -25,10 +26,17 @@ class PrincipalSegment {
  private:
   void GatherEntries(const KvPool& pool, const KvPage& page, const BlockId* blocks, int count);
   void GatherQueries(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job);
+  void PrepareAngles(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job);
 
   std::vector<float> keys_, values_, log_mass_, queries_;
   std::vector<float> fitted_keys_, fitted_values_, fitted_log_mass_;
   std::vector<int32_t> chosen_;
+  // Angles of positions: cosines and sines of (position mod 64) · frequency and of 64 k · frequency, whose
+  // sums are all of them. [rows, 2, head_dim / 2]; coarse_[0] is of k = coarse_begin_.
+  std::vector<float> frequencies_;
+  std::vector<double> fine_, coarse_;
+  int coarse_begin_ = 0;
+  std::vector<uint16_t> bits_;  // of one query
   PrincipalFitProblem problem_;
   PrincipalFit fit_;
 };

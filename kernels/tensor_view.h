@@ -16,6 +16,8 @@ struct TensorView {
   DType dtype = DType::kF32;
   int64_t rows = 0;
   int64_t cols = 0;
+  // In a backend's own order, made by its LoadWeight: only that backend can read it.
+  bool packed = false;
 
   size_t bytes() const { return static_cast<size_t>(rows) * RowBytes(dtype, cols); }
 };

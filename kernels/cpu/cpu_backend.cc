@@ -4,15 +4,19 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
+#include <numeric>
 #include <vector>
 
+#include "absl/base/macros.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/cores.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/cpu/panels.h"
 #include "kernels/cpu/principal_fit.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/host_memory.h"
 #include "kernels/principal_segment.h"
+#include "kernels/quantized.h"
 
 namespace atp::cpu {
 namespace {
@@ -21,6 +25,9 @@ namespace {
 constexpr int64_t kElementsPerPart = 8192;
 // Parts per thread of a matrix product: finer parts even out cores that others disturb.
 constexpr int64_t kPartsPerThread = 4;
+
+// A part's x fits a core's second-level cache, and unpacking weights is lost among so many rows.
+constexpr int64_t kMatMulRowsPerPart = 192;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -43,22 +50,55 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// Panels of 16 rows each, converted and packed by all threads.
+absl::StatusOr<Weight> LoadPacked(const TensorView& host, DType dtype, ThreadPool& pool) {
+  if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
+  const PanelLayout layout(dtype, host.cols);
+  const int64_t panels = PanelCount(host.rows);
+  absl::StatusOr<Buffer> memory = AllocateHostMemory(static_cast<size_t>(panels) * layout.bytes);
+  if (!memory.ok()) return memory.status();
+  pool.ParallelFor(CeilDiv(host.rows, kPanelOuts), [&](int64_t panel, int) {
+    const size_t host_row = RowBytes(host.dtype, host.cols), row = RowBytes(dtype, host.cols);
+    const std::byte* from = static_cast<const std::byte*>(host.data) + panel * kPanelOuts * host_row;
+    const int count = static_cast<int>(std::min<int64_t>(kPanelOuts, host.rows - panel * kPanelOuts));
+    std::vector<std::byte> converted;
+    if (host.dtype != dtype) {
+      std::vector<float> values(static_cast<size_t>(host.cols));
+      converted.resize(row * kPanelOuts);
+      for (int i = 0; i < count; ++i) {
+        DequantizeRow(host.dtype, from + i * host_row, host.cols, values.data());
+        QuantizeRow(dtype, values.data(), host.cols, converted.data() + i * row);
+      }
+      from = converted.data();
+    }
+    PackPanel(layout, from, row, count, memory->data() + static_cast<size_t>(panel) * layout.bytes);
+  });
+  Weight weight;
+  weight.view = {memory->data(), dtype, host.rows, host.cols, /*packed=*/true};
+  weight.memory = *std::move(memory);
+  return weight;
+}
+
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(const Isa& isa, int threads)
+  CpuBackend(const Isa& isa, int threads, DType activation_dtype)
       : isa_(isa),
         pool_(threads),
         scratch_(threads),
-        matmul_(MatMulFor(isa.target)),
+        float_matmul_(FloatMatMulFor(isa)),
+        int8_matmul_(Int8MatMulFor(isa)),
         rms_norm_(RmsNormFor(isa.target)),
         gather_rows_(GatherRowsFor(isa.target)),
         swiglu_(SwiGluFor(isa.target)),
         rope_(RopeFor(isa.target)),
         store_kv_(StoreKvFor(isa.target)),
         attention_(AttentionFor(isa.target)),
+        merge_attention_(MergeAttentionFor(isa.target)),
         fit_principal_(PrincipalFitFor(isa.target)),
         segments_(threads) {
-    for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulPanelFloats);
+    for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulScratchBytes / sizeof(float));
+    bf16_matmul_ = activation_dtype == DType::kBF16 ? BF16MatMulFor(isa) : MatMulKernel{};
+    if (bf16_matmul_.multiply == nullptr) bf16_matmul_ = float_matmul_;
   }
 
   std::string Description() const override {
@@ -68,11 +108,13 @@ class CpuBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
+           desc.block_entries % 16 == 0;
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return LoadHostWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    return LoadPacked(host, dtype, pool_);
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     CopyHostMemory(device, host, bytes);
   }
@@ -83,24 +125,33 @@ class CpuBackend final : public Backend {
 
   void GatherRows(const GatherRowsArgs& args) override {
     const int64_t rows = static_cast<int64_t>(args.indices.size());
-    ForRows(rows, args.table.cols, [&](int64_t begin, int64_t end) { gather_rows_(args, begin, end); });
+    ForRows(rows, args.table.cols, [&](int64_t begin, int64_t end) {
+      if (!args.table.packed) return gather_rows_(args, begin, end);
+      for (int64_t row = begin; row < end; ++row) {
+        UnpackRow(args.table, args.indices[row], args.out + row * args.table.cols);
+      }
+    });
   }
 
   void MatMul(const MatMulArgs& args) override {
-    const int64_t outs = args.weight.rows;
-    const int64_t row_blocks = CeilDiv(args.rows, kMatMulRowsPerPart);
-    const int64_t work = std::max<int64_t>(1, args.rows * outs * args.weight.cols);
-    // A part is worth at least ~64K multiply-adds (a few microseconds) and is whole tiles wide.
+    ABSL_ASSERT(args.weight.packed);
+    const MatMulKernel& kernel = KernelFor(args.weight.dtype);
+    const PackedRows rows = PackRows(args, kernel);
+    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
+    const int64_t row_blocks = CeilDiv(args.rows, row_width);
+    const int64_t pairs = PanelCount(args.weight.rows) / 2;
+    const int64_t work = args.rows * args.weight.rows * args.weight.cols;
+    // A part is worth at least ~64K multiply-adds (a few microseconds).
     const int64_t wanted = std::clamp<int64_t>(work / 65536, 1, pool_.threads() * kPartsPerThread);
-    const int64_t columns = std::max<int64_t>(1, wanted / std::max<int64_t>(1, row_blocks));
-    const int64_t width = CeilDiv(CeilDiv(outs, columns), kMatMulOutsPerTile) * kMatMulOutsPerTile;
-    const int64_t out_blocks = CeilDiv(outs, width);
-    pool_.ParallelFor(row_blocks * out_blocks, [&](int64_t index, int thread) {
-      const int64_t row = index / out_blocks * kMatMulRowsPerPart;
-      const int64_t out = index % out_blocks * width;
-      const MatMulPart part{row, std::min(row + kMatMulRowsPerPart, args.rows), out,
-                            std::min(out + width, outs)};
-      matmul_(args, part, scratch_[thread].Reserve(kMatMulPanelFloats));
+    const int64_t columns = std::clamp<int64_t>(wanted / std::max<int64_t>(1, row_blocks), 1, pairs);
+    pool_.ParallelFor(row_blocks * columns, [&](int64_t index, int thread) {
+      const int64_t row = index / columns * row_width;
+      const int64_t column = index % columns;
+      const MatMulPart part{row, std::min(row + row_width, args.rows), 2 * (column * pairs / columns),
+                            2 * ((column + 1) * pairs / columns)};
+      kernel.multiply(
+          args, rows, part,
+          reinterpret_cast<std::byte*>(scratch_[thread].Reserve(kMatMulScratchBytes / sizeof(float))));
     });
   }
 
@@ -135,22 +186,17 @@ class CpuBackend final : public Backend {
   }
 
   void Attention(const AttentionArgs& args) override {
-    const int group = args.heads / args.kv_heads;
-    const int rows_per_part = AttentionRowsPerPart(group);
-    const size_t scratch_floats = AttentionScratchFloats(group, args.pool.exact->head_dim());
-    attention_parts_.clear();
-    for (const KvSequence& sequence : args.sequences) {
-      for (int row = 0; row < sequence.rows; row += rows_per_part) {
-        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
-        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
-          attention_parts_.push_back({&sequence, kv_head, row, row_end});
-        }
-      }
-    }
-    // Long parts first: later rows of a sequence see more entries.
-    std::reverse(attention_parts_.begin(), attention_parts_.end());
+    const size_t scratch_floats =
+        AttentionScratchFloats(args.heads / args.kv_heads, args.pool.exact->head_dim());
+    CutAttention(args);
     pool_.ParallelFor(static_cast<int64_t>(attention_parts_.size()), [&](int64_t index, int thread) {
-      attention_(args, attention_parts_[index], scratch_[thread].Reserve(scratch_floats));
+      const size_t next = static_cast<size_t>(index + pool_.threads());
+      attention_(args, attention_parts_[index],
+                 next < attention_parts_.size() ? &attention_parts_[next] : nullptr,
+                 scratch_[thread].Reserve(scratch_floats));
+    });
+    pool_.ParallelFor(static_cast<int64_t>(attention_merges_.size()), [&](int64_t index, int thread) {
+      merge_attention_(args, attention_merges_[index], scratch_[thread].Reserve(scratch_floats));
     });
   }
 
@@ -159,18 +205,102 @@ class CpuBackend final : public Backend {
   }
 
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override {
-    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t index, int thread) {
+    // Long fits first, so that no thread is left alone with one.
+    const auto cost = [&](int32_t i) {
+      const PrincipalFitJob& job = args.jobs[i];
+      return int64_t{job.principal_entries + job.exact_entries} * (job.samples * args.group + job.count);
+    };
+    fit_order_.resize(args.jobs.size());
+    std::iota(fit_order_.begin(), fit_order_.end(), 0);
+    std::sort(fit_order_.begin(), fit_order_.end(),
+              [&](int32_t a, int32_t b) { return cost(a) != cost(b) ? cost(a) > cost(b) : a < b; });
+    pool_.ParallelFor(static_cast<int64_t>(args.jobs.size()), [&](int64_t part, int thread) {
+      const int32_t index = fit_order_[part];
       PrincipalSegment& segment = segments_[thread];
       segment.Gather(args, args.jobs[index]);
       const PrincipalFitProblem& p = segment.problem();
-      const size_t doubles = PrincipalFitScratch(p.n, p.m, p.d, p.count);
-      fit_principal_(p, reinterpret_cast<double*>(scratch_[thread].Reserve(2 * doubles)), segment.fit());
+      fit_principal_(p, scratch_[thread].Reserve(PrincipalFitScratch(p.n, p.m, p.d, p.count)), segment.fit());
       segment.Scatter(args, args.jobs[index]);
       args.reports[index] = segment.report();
     });
   }
 
  private:
+  // Long parts first, so that a head with many entries is not the last to begin. Parts that would leave
+  // threads idle are cut into their chunks.
+  void CutAttention(const AttentionArgs& args) {
+    const int group = args.heads / args.kv_heads, rows_per_part = AttentionRowsPerPart(group);
+    attention_parts_.clear();
+    attention_merges_.clear();
+    int64_t chunks = 0;
+    for (const KvSequence& sequence : args.sequences) {
+      for (int row = 0; row < sequence.rows; row += rows_per_part) {
+        const int row_end = std::min<int>(row + rows_per_part, sequence.rows);
+        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) {
+          AttentionPart part{&sequence, kv_head, row, row_end, 0, 0, nullptr};
+          part.chunk_end = AttentionChunks(part);
+          chunks += part.chunk_end;
+          attention_parts_.push_back(part);
+        }
+      }
+    }
+    const int64_t parts = static_cast<int64_t>(attention_parts_.size());
+    if (pool_.threads() > 1 && parts < pool_.threads() * kPartsPerThread && chunks > parts) {
+      SplitChunks(args);
+    }
+    const auto work = [](const AttentionPart& part) {
+      return static_cast<int64_t>(part.chunk_end - part.chunk_begin) * (part.row_end - part.row_begin);
+    };
+    std::sort(attention_parts_.begin(), attention_parts_.end(),
+              [&](const AttentionPart& a, const AttentionPart& b) { return work(a) > work(b); });
+  }
+
+  void SplitChunks(const AttentionArgs& args) {
+    attention_merges_.swap(attention_parts_);
+    const auto floats = [&](const AttentionPart& part) {
+      return AttentionPartialFloats((part.row_end - part.row_begin) * (args.heads / args.kv_heads),
+                                    args.pool.exact->head_dim());
+    };
+    size_t total = 0;
+    for (const AttentionPart& merge : attention_merges_) {
+      total += floats(merge) * static_cast<size_t>(merge.chunk_end);
+    }
+    float* partial = attention_partials_.Reserve(total);
+    for (AttentionPart& merge : attention_merges_) {
+      merge.partial = partial;
+      for (int chunk = 0; chunk < merge.chunk_end; ++chunk, partial += floats(merge)) {
+        AttentionPart part = merge;
+        part.chunk_begin = chunk, part.chunk_end = chunk + 1, part.partial = partial;
+        attention_parts_.push_back(part);
+      }
+    }
+  }
+
+  const MatMulKernel& KernelFor(DType dtype) const {
+    return IsQuantized(dtype) ? int8_matmul_ : dtype == DType::kBF16 ? bf16_matmul_ : float_matmul_;
+  }
+
+  // x in the form that the kernel reads.
+  PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel) {
+    const int64_t cols = args.weight.cols;
+    PackedRows rows{};
+    // As many tiles as the largest would make, all about as large.
+    const int64_t tiles = std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
+    rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
+    rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
+    const int64_t words = args.rows * rows.words_per_row;
+    rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
+    if (kernel.form == RowForm::kInt8) {
+      rows.block_words_per_row = CeilDiv(cols, kQuantBlock) * kRowWords;
+      const int64_t block_words = args.rows * rows.block_words_per_row;
+      rows.block_words =
+          reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
+    }
+    ForRows(tiles, rows.tile_rows * cols,
+            [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
+    return rows;
+  }
+
   // body(begin, end) over [0, rows) in parts of about kElementsPerPart elements.
   template <class Body>
   void ForRows(int64_t rows, int64_t elements_per_row, const Body& body) {
@@ -210,17 +340,23 @@ class CpuBackend final : public Backend {
   Isa isa_;
   ThreadPool pool_;
   std::vector<Scratch> scratch_;  // [threads]
-  const MatMulFn matmul_;
+  const MatMulKernel float_matmul_;
+  const MatMulKernel int8_matmul_;
+  MatMulKernel bf16_matmul_;
+  Scratch row_words_, row_block_words_;  // x of the product in progress
   const RmsNormFn rms_norm_;
   const GatherRowsFn gather_rows_;
   const SwiGluFn swiglu_;
   const RopeFn rope_;
   const StoreKvFn store_kv_;
   const AttentionFn attention_;
+  const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
-  std::vector<AttentionPart> attention_parts_;
+  std::vector<AttentionPart> attention_parts_, attention_merges_;
+  Scratch attention_partials_;
+  std::vector<int32_t> fit_order_;
   std::vector<int32_t> angle_positions_;
   std::vector<float> angle_frequencies_;
   std::vector<float> angles_;  // [rows, 2, head_dim / 2]
@@ -228,8 +364,8 @@ class CpuBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCpuBackend(const Isa& isa, int threads) {
-  return std::make_unique<CpuBackend>(isa, threads > 0 ? threads : GrantedCores());
+std::unique_ptr<Backend> MakeCpuBackend(const Isa& isa, int threads, DType activation_dtype) {
+  return std::make_unique<CpuBackend>(isa, threads > 0 ? threads : GrantedCores(), activation_dtype);
 }
 
 }  // namespace atp::cpu

@@ -13,7 +13,7 @@ namespace atp::cpu {
 inline constexpr int kMaxThreads = 1024;
 
 // threads: 0 for GrantedCores(). isa: one of AvailableIsas().
-std::unique_ptr<Backend> MakeCpuBackend(const Isa& isa, int threads);
+std::unique_ptr<Backend> MakeCpuBackend(const Isa& isa, int threads, DType activation_dtype);
 
 }  // namespace atp::cpu
 

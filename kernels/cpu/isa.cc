@@ -1,6 +1,9 @@
 #include "kernels/cpu/isa.h"
 
 #include "hwy/highway.h"
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
 
 namespace atp::cpu {
 namespace {
@@ -24,6 +27,34 @@ std::string IsaName(int64_t target) {
   }
 }
 
+#if HWY_ARCH_X86
+// What Highway does not ask for; that the system saves the registers is part of its own check of the target.
+struct DotInstructions {
+  bool avx512_vnni = false, avx_vnni = false, avx512_bf16 = false;
+
+  DotInstructions() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return;
+    const unsigned last_leaf = eax;
+    avx512_vnni = (ecx >> 11 & 1) != 0;
+    if (last_leaf < 1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return;
+    avx_vnni = (eax >> 4 & 1) != 0;
+    avx512_bf16 = (eax >> 5 & 1) != 0;
+  }
+};
+
+void AddWithDot(int64_t target, std::vector<Isa>& isas) {
+  const DotInstructions has;
+  if (target == HWY_AVX3 && has.avx512_vnni) {
+    if (has.avx512_bf16) isas.push_back({"avx512_bf16", target, true, true});
+    isas.push_back({"avx512_vnni", target, true, false});
+  }
+  if (target == HWY_AVX2 && has.avx_vnni) isas.push_back({"avx2_vnni", target, true, false});
+}
+#else
+void AddWithDot(int64_t, std::vector<Isa>&) {}
+#endif
+
 }  // namespace
 
 std::vector<Isa> AvailableIsas() {
@@ -32,6 +63,7 @@ std::vector<Isa> AvailableIsas() {
   int64_t targets = (hwy::SupportedTargets() | HWY_STATIC_TARGET) & HWY_TARGETS;
   while (targets != 0) {
     const int64_t best = targets & -targets;  // a lower bit is a better target
+    AddWithDot(best, isas);
     isas.push_back({IsaName(best), best});
     targets &= targets - 1;
   }

@@ -1,6 +1,6 @@
 // Writes the step's keys (dimension-major) and values (entry-major) into exact blocks. These are copies and
 // roundings in plain loops: the compiler vectorises them for each target, and they are nothing beside the
-// matrix products.
+// matrix products. Integers are rounded by the page itself: its bits are the same on every target.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -51,10 +51,19 @@ void StoreKv(const StoreKvArgs& args, const KvSequence& sequence, int kv_head) {
         (sequence.first_row + row) * stride + static_cast<size_t>(kv_head) * page.head_dim();
     std::byte* block =
         args.pool.data + static_cast<size_t>(blocks[position / page.entries()]) * args.pool.block_bytes;
-    if (page.format() == KvFormat::kF32) {
-      StoreEntries<float>(page, block, entry, count, args.key + source, args.value + source, stride);
-    } else {
-      StoreEntries<uint16_t>(page, block, entry, count, args.key + source, args.value + source, stride);
+    switch (page.format()) {
+      case KvFormat::kF32:
+        StoreEntries<float>(page, block, entry, count, args.key + source, args.value + source, stride);
+        break;
+      case KvFormat::kBF16:
+        StoreEntries<uint16_t>(page, block, entry, count, args.key + source, args.value + source, stride);
+        break;
+      case KvFormat::kInt8:
+      case KvFormat::kInt4:
+        for (int e = 0; e < count; ++e) {
+          page.Store(block, entry + e, args.key + source + e * stride, args.value + source + e * stride);
+        }
+        break;
     }
     row += count;
   }

@@ -6,22 +6,53 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cpu/isa.h"
 #include "kernels/op_args.h"
 
 namespace atp::cpu {
 
-// matmul.cc: y[row_begin..row_end, out_begin..out_end]. panel: scratch of kMatMulPanelFloats, 64-byte
-// aligned. Splitting rows or outs in any way gives bit-identical results.
-struct MatMulPart {
-  int64_t row_begin, row_end;
-  int64_t out_begin, out_end;
+// Matrix products (matmul_float.cc, matmul_int8.cc) go in two steps: the rows of x are put into the form and
+// order that the kernel reads, in tiles of `tile_rows` rows (the last tile has what is left), and then parts
+// of y are computed. x is always read in words of four bytes, of a tile: [word][row of the tile].
+enum class RowForm {
+  kF32,   // a word is one element
+  kBF16,  // two elements, rounded to bf16
+  kInt8,  // four elements, rounded to int8 (or half as many, as int16) under one scale per 32
 };
-inline constexpr int64_t kMatMulRowsPerPart = 128;  // a part's x fits a core's second-level cache
-inline constexpr int64_t kMatMulOutsPerTile =
-    12;  // a multiple of every target's tile; parts should be multiples of it
-inline constexpr size_t kMatMulPanelFloats = 8 * 1024;
-using MatMulFn = void (*)(const MatMulArgs& args, const MatMulPart& part, float* panel);
-MatMulFn MatMulFor(int64_t target);
+// Further words that kInt8 keeps per 32 elements, of a tile: [block][RowWord][row of the tile].
+enum RowWord : int {
+  kRowScale,      // fp32: element = scale · integer
+  kRowSum,        // fp32: scale · sum of the integers
+  kRowOffset,     // int32: -128 · sum
+  kRowHalfFirst,  // int32: -32 · sum of the first 16
+  kRowHalfSecond,
+  kRowWords,
+};
+struct PackedRows {
+  uint32_t* words;  // tile t starts at t * tile_rows * words_per_row
+  uint32_t* block_words;
+  int64_t words_per_row;
+  int64_t block_words_per_row;
+  int tile_rows;
+};
+struct MatMulPart {
+  int64_t row_begin, row_end;      // row_begin: a multiple of tile_rows
+  int64_t panel_begin, panel_end;  // both even, kernels/cpu/panels.h
+};
+inline constexpr size_t kMatMulScratchBytes = 48 << 10;
+struct MatMulKernel {
+  RowForm form = RowForm::kF32;
+  int tile_rows = 1;  // at most
+  int words_per_4 = 4;  // words that four elements of x take
+  // Tiles [begin, end).
+  void (*pack_rows)(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) = nullptr;
+  // scratch: kMatMulScratchBytes, 64-byte aligned. Splitting in any way gives bit-identical results.
+  void (*multiply)(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part,
+                   std::byte* scratch) = nullptr;
+};
+MatMulKernel FloatMatMulFor(const Isa& isa);  // f32, f16, bf16
+MatMulKernel BF16MatMulFor(const Isa& isa);   // bf16 with x in bf16; `multiply` is null where the ISA cannot
+MatMulKernel Int8MatMulFor(const Isa& isa);   // the quantised ones
 
 // norm.cc, gather.cc: rows [begin, end).
 using RmsNormFn = void (*)(const RmsNormArgs& args, int64_t begin, int64_t end);
@@ -41,17 +72,30 @@ RopeFn RopeFor(int64_t target);
 using StoreKvFn = void (*)(const StoreKvArgs& args, const KvSequence& sequence, int kv_head);
 StoreKvFn StoreKvFor(int64_t target);
 
-// attention.cc: rows [row_begin, row_end) of one sequence, all query heads of one kv head.
+// attention.cc: rows [row_begin, row_end) of one sequence, all query heads of one kv head, over chunks
+// [chunk_begin, chunk_end) of the entries that the last row sees.
 // scratch: AttentionScratchFloats(...), 64-byte aligned.
 struct AttentionPart {
   const KvSequence* sequence;
   int kv_head;
   int row_begin, row_end;  // counted from the sequence's first row; at most AttentionRowsPerPart(group)
+  int chunk_begin, chunk_end;
+  // Null: the part has all chunks and writes `out`. Else it has one, whose state it leaves here
+  // (AttentionPartialFloats(...), 64-byte aligned).
+  float* partial;
 };
 int AttentionRowsPerPart(int group);
+int AttentionChunks(const AttentionPart& part);  // chunk_begin, chunk_end and partial are not read
+size_t AttentionPartialFloats(int queries, int head_dim);
 size_t AttentionScratchFloats(int group, int head_dim);
-using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+// next: the part that the thread will probably do next, or null.
+using AttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, const AttentionPart* next,
+                             float* scratch);
 AttentionFn AttentionFor(int64_t target);
+// Writes `out` from the states of chunks [chunk_begin, chunk_end), which lie one behind the other at
+// `partial`.
+using MergeAttentionFn = void (*)(const AttentionArgs& args, const AttentionPart& part, float* scratch);
+MergeAttentionFn MergeAttentionFor(int64_t target);
 
 }  // namespace atp::cpu
 

@@ -11,6 +11,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/upload.h"
+#include "kernels/host_memory.h"
 
 namespace atp::cuda {
 namespace {
@@ -58,10 +59,9 @@ class CudaBackend final : public Backend {
   }
 
   bool Supports(const OpDesc& desc) const override {
-    // Attention multiplies in steps of 16 dimensions.
+    // Attention multiplies in steps of 16 dimensions. Weights may be of any dtype: see LoadWeight().
     return desc.head_dim > 0 && desc.head_dim % 16 == 0 && desc.head_dim <= kMaxHeadDim &&
-           desc.block_entries > 0 && desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) &&
-           !IsQuantized(desc.weight_dtype);
+           desc.block_entries > 0 && desc.block_entries % 16 == 0;
   }
 
   size_t FreeMemoryBytes() override {
@@ -81,17 +81,20 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override {
-    absl::StatusOr<Buffer> memory = Allocate(host.bytes());
+  // There are no products of block-quantised weights here: what is to be one is kept as bf16.
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
+    Weight weight;
+    weight.view = {nullptr, IsQuantized(dtype) ? DType::kBF16 : dtype, host.rows, host.cols};
+    absl::StatusOr<Buffer> memory = Allocate(weight.view.bytes());
     if (!memory.ok()) return memory.status();
-    const cudaError_t error = uploader_.Copy(memory->data(), host.data, host.bytes(), context_.stream);
+    const cudaError_t error =
+        uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
     if (error != cudaSuccess) {
       return absl::InternalError(
           absl::StrCat("cuda: copying a weight ", MatrixShape(host.rows, host.cols), ": ", Text(error)));
     }
-    Weight weight;
     weight.memory = *std::move(memory);
-    weight.view = host;
     weight.view.data = weight.memory.data();
     return weight;
   }

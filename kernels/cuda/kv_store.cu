@@ -2,6 +2,7 @@
 #include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/principal_pages.cuh"
 
 namespace atp::cuda {
 namespace {
@@ -50,6 +51,75 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The same for int8 and int4. A block of threads has the entries of one slice of 16, because an int4 byte has
+// the keys of two of them; of those that are not this step's, nothing is changed.
+template <KvFormat kFormat>
+__global__ void __launch_bounds__(kThreads)
+    StoreIntegerKvKernel(const float* key, const float* value, KvTables tables) {
+  constexpr int kTop = kFormat == KvFormat::kInt8 ? 127 : 7;
+  const PageLayout& page = tables.exact;
+  const int head_dim = page.head_dim, stride = head_dim + 1;
+  SharedArena arena;
+  const Shared<float> keys = arena.Take<float>(kTile * stride);
+  const Shared<float> scales = arena.Take<float>(2 * kTile);  // of keys, of values
+  const SequenceTable sequence = tables.sequences[blockIdx.z];
+  const int kv_head = static_cast<int>(blockIdx.y), me = static_cast<int>(threadIdx.x);
+  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
+  const int first_entry = sequence.exact_entries - sequence.rows;
+  const int slice = (first_entry / kTile + static_cast<int>(blockIdx.x)) * kTile;
+  const int begin = max(first_entry - slice, 0), end = min(sequence.exact_entries - slice, kTile);
+  if (begin >= end) return;
+  std::byte* block = tables.Block(tables.blocks[head.exact + slice / page.entries]);
+  const int offset = slice % page.entries;
+  const auto source = [&](int e) {
+    const int64_t row = sequence.first_row + slice + e - first_entry;
+    return (row * tables.kv_heads + kv_head) * head_dim;
+  };
+  for (int e = begin + me / kWarpSize; e < end; e += kThreads / kWarpSize) {
+    float largest_key = 0, largest_value = 0;
+    for (int i = me % kWarpSize; i < head_dim; i += kWarpSize) {
+      const float k = key[source(e) + i];
+      keys[e * stride + i] = k;
+      largest_key = fmaxf(largest_key, fabsf(k));
+      largest_value = fmaxf(largest_value, fabsf(value[source(e) + i]));
+    }
+    const uint16_t key_scale = ScaleBits(WarpMax(largest_key), kTop);
+    const uint16_t value_scale = ScaleBits(WarpMax(largest_value), kTop);
+    if (me % kWarpSize != 0) continue;
+    scales[e] = BF16ToFloat(key_scale), scales[kTile + e] = BF16ToFloat(value_scale);
+    reinterpret_cast<uint16_t*>(block + page.key_scale_offset)[offset + e] = key_scale;
+    reinterpret_cast<uint16_t*>(block + page.value_scale_offset)[offset + e] = value_scale;
+  }
+  __syncthreads();
+  const auto key_at = [&](int e, int dimension) {
+    return static_cast<uint32_t>(Quantized(keys[e * stride + dimension], scales[e], kTop));
+  };
+  const auto value_at = [&](int e, int dimension) {
+    return static_cast<uint32_t>(Quantized(value[source(e) + dimension], scales[kTile + e], kTop));
+  };
+  constexpr int kPerByte = kFormat == KvFormat::kInt8 ? 1 : 2, kBytes = kTile / kPerByte;
+  for (int i = me; i < kBytes * head_dim; i += kThreads) {
+    const int dimension = i / kBytes, e = i % kBytes;
+    std::byte* to = block + page.KeyIndex(dimension, offset + e) / kPerByte;
+    auto byte = static_cast<uint32_t>(*to);
+    if (kPerByte == 1) {
+      if (e >= begin && e < end) byte = key_at(e, dimension);
+    } else {
+      if (e >= begin && e < end) byte = (byte & 0xf0) | (key_at(e, dimension) & 15);
+      if (e + 8 >= begin && e + 8 < end) byte = (byte & 15) | (key_at(e + 8, dimension) & 15) << 4;
+    }
+    *to = static_cast<std::byte>(byte & 255);
+  }
+  const int row_bytes = head_dim / kPerByte;
+  for (int i = me; i < (end - begin) * row_bytes; i += kThreads) {
+    const int e = begin + i / row_bytes, dimension = i % row_bytes;
+    uint32_t byte = value_at(e, dimension);
+    if (kPerByte == 2) byte = (byte & 15) | (value_at(e, dimension + head_dim / 2) & 15) << 4;
+    block[page.value_offset + page.ValueIndex(dimension, offset + e) / kPerByte] =
+        static_cast<std::byte>(byte & 255);
+  }
+}
+
 // One kept query: where its heads' elements go. `blocks` counts from the table's first id.
 struct QueryRow {
   int32_t row;
@@ -80,11 +150,15 @@ cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) {
       UploadKvTables(context, args.sequences, args.pool, args.kv_heads, /*principal=*/false, &error);
   if (error != cudaSuccess) return error;
   auto* kernel = tables.exact.format == KvFormat::kF32 ? StoreKvKernel<float> : StoreKvKernel<uint16_t>;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(most, kTile)), static_cast<unsigned>(args.kv_heads),
+  if (tables.exact.format == KvFormat::kInt8) kernel = StoreIntegerKvKernel<KvFormat::kInt8>;
+  if (tables.exact.format == KvFormat::kInt4) kernel = StoreIntegerKvKernel<KvFormat::kInt4>;
+  // Integers are cut where slices begin, which may be one tile more.
+  const int tiles = CeilDiv(most, kTile) + (IsInteger(tables.exact.format) ? 1 : 0);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.kv_heads),
                   static_cast<unsigned>(args.sequences.size()));
   return Launch("StoreKv", kernel, grid, dim3(kThreads),
-                SharedBytes<float>(kTile * (tables.exact.head_dim + 1)), context.stream, args.key, args.value,
-                tables);
+                SharedBytes<float>(kTile * (tables.exact.head_dim + 1)) + SharedBytes<float>(2 * kTile),
+                context.stream, args.key, args.value, tables);
 }
 
 cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args) {

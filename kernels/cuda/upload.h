@@ -7,6 +7,8 @@
 
 #include <cstddef>
 
+#include "kernels/tensor_view.h"
+
 namespace atp::cuda {
 
 class Uploader {
@@ -19,6 +21,8 @@ class Uploader {
   // `host` may be changed or freed once this has returned; the device has the bytes when the stream gets
   // there.
   cudaError_t Copy(void* device, const void* host, size_t bytes, cudaStream_t stream);
+  // All elements of `host` as `dtype`, one that is not quantised. They are converted in the pinned buffers.
+  cudaError_t CopyAs(DType dtype, void* device, const TensorView& host, cudaStream_t stream);
 
  private:
   struct Slot {
@@ -26,6 +30,9 @@ class Uploader {
     cudaEvent_t done = nullptr;  // recorded after the slot's last copy
   };
   cudaError_t Prepare(Slot* slot);
+  // fill(to, from, count): bytes [from, from + count) of what the device gets, into pinned memory.
+  template <class Fill>
+  cudaError_t CopyFilled(void* device, size_t bytes, cudaStream_t stream, const Fill& fill);
 
   Slot slots_[2];
   int next_ = 0;

@@ -5,26 +5,18 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/dtype.h"
 #include "kernels/host_memory.h"
 #include "kernels/principal_segment.h"
+#include "kernels/quantized.h"
 #include "kernels/reference/principal_fit.h"
 
 namespace atp {
 namespace {
 
-float Element(const TensorView& tensor, int64_t row, int64_t col) {
-  const size_t index = static_cast<size_t>(row * tensor.cols + col);
-  switch (tensor.dtype) {
-    case DType::kF32:
-      return static_cast<const float*>(tensor.data)[index];
-    case DType::kBF16:
-      return BF16ToFloat(static_cast<const uint16_t*>(tensor.data)[index]);
-    case DType::kF16:
-      return F16ToFloat(static_cast<const uint16_t*>(tensor.data)[index]);
-    default:
-      return 0;  // Supports() refuses them
-  }
+void LoadRow(const TensorView& tensor, int64_t row, float* out) {
+  const std::byte* data = static_cast<const std::byte*>(tensor.data);
+  DequantizeRow(tensor.dtype, data + static_cast<size_t>(row) * RowBytes(tensor.dtype, tensor.cols),
+                tensor.cols, out);
 }
 
 // One cache entry, as fp32.
@@ -75,11 +67,13 @@ class ReferenceBackend final : public Backend {
 
   bool Supports(const OpDesc& desc) const override {
     return desc.head_dim > 0 && desc.head_dim % 2 == 0 && desc.block_entries > 0 &&
-           desc.block_entries % 16 == 0 && !IsInteger(desc.kv_format) && !IsQuantized(desc.weight_dtype);
+           desc.block_entries % 16 == 0;
   }
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return LoadHostWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    return LoadHostWeight(host, dtype);
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     CopyHostMemory(device, host, bytes);
   }
@@ -91,19 +85,21 @@ class ReferenceBackend final : public Backend {
   void GatherRows(const GatherRowsArgs& args) override {
     const int64_t dim = args.table.cols;
     for (size_t i = 0; i < args.indices.size(); ++i) {
-      for (int64_t c = 0; c < dim; ++c) args.out[i * dim + c] = Element(args.table, args.indices[i], c);
+      LoadRow(args.table, args.indices[i], args.out + i * dim);
     }
   }
 
   void MatMul(const MatMulArgs& args) override {
     const int64_t in = args.weight.cols;
     const int64_t out = args.weight.rows;
-    for (int64_t r = 0; r < args.rows; ++r) {
-      for (int64_t o = 0; o < out; ++o) {
+    std::vector<float> weight(static_cast<size_t>(in));
+    for (int64_t o = 0; o < out; ++o) {
+      LoadRow(args.weight, o, weight.data());
+      for (int64_t r = 0; r < args.rows; ++r) {
         double sum = args.bias != nullptr ? args.bias[o] : 0.0;
         if (args.accumulate) sum += args.y[r * out + o];
         for (int64_t i = 0; i < in; ++i) {
-          sum += static_cast<double>(args.x[r * in + i]) * Element(args.weight, o, i);
+          sum += static_cast<double>(args.x[r * in + i]) * weight[i];
         }
         args.y[r * out + o] = static_cast<float>(sum);
       }

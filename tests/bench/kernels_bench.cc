@@ -1,18 +1,25 @@
 // How fast each op of the cpu backend is on this machine, as one JSON object. kernels_bench [isa] [threads]
+// [matmul|others]
 //
 // "gflops" counts 2 per multiply-add. "gbps" counts the weights or cache entries that an op must read once.
+// "fraction" is of the machine's peak for that arithmetic (many rows) or of its read bandwidth (few).
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <ctime>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/backend_factory.h"
+#include "kernels/cpu/cores.h"
+#include "kernels/quantized.h"
+#include "tests/bench/machine_peaks.h"
 
 namespace atp {
 namespace {
@@ -21,9 +28,16 @@ using Clock = std::chrono::steady_clock;
 
 class Report {
  public:
-  // Runs `body` for about 0.3 s and prints the best time of a call: the machine may have other guests.
+  // Runs `body` for about 0.1 s and prints the best time of a call: the machine may have other guests.
   template <class Body>
   void Measure(const std::string& op, double multiply_adds, double bytes, const Body& body) {
+    Measure(op, multiply_adds, bytes, 0, 0, body);
+  }
+
+  // peak_gflops or peak_gbps, where not 0, is what "fraction" is of.
+  template <class Body>
+  void Measure(const std::string& op, double multiply_adds, double bytes, double peak_gflops,
+               double peak_gbps, const Body& body) {
     body();
     double best = 1e30;
     const Clock::time_point begin = Clock::now();
@@ -31,9 +45,12 @@ class Report {
       const Clock::time_point start = Clock::now();
       body();
       best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
-    } while (Clock::now() - begin < std::chrono::milliseconds(300));
-    std::printf("%s\n  {\"op\": \"%s\", \"microseconds\": %.2f, \"gflops\": %.1f, \"gbps\": %.2f}",
-                separator_, op.c_str(), best * 1e6, 2 * multiply_adds / best * 1e-9, bytes / best * 1e-9);
+    } while (Clock::now() - begin < std::chrono::milliseconds(80));
+    std::printf("%s\n  {\"op\": \"%s\", \"microseconds\": %.2f, \"gflops\": %.1f, \"gbps\": %.2f", separator_,
+                op.c_str(), best * 1e6, 2 * multiply_adds / best * 1e-9, bytes / best * 1e-9);
+    if (peak_gflops > 0) std::printf(", \"fraction\": %.3f", 2 * multiply_adds / best * 1e-9 / peak_gflops);
+    if (peak_gbps > 0) std::printf(", \"fraction\": %.3f", bytes / best * 1e-9 / peak_gbps);
+    std::printf("}");
     separator_ = ",";
   }
 
@@ -49,22 +66,60 @@ std::vector<float> Normals(size_t count) {
   return values;
 }
 
-void MeasureMatMul(Backend& backend, Report& report) {
-  const int64_t in = 2048, out = 2048;
-  const std::vector<float> wide = Normals(in * out);
-  std::vector<uint16_t> narrow(wide.size());
-  for (size_t i = 0; i < wide.size(); ++i) narrow[i] = FloatToBF16(wide[i]);
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    // As fp16 the bits of a bf16 number are another number: still a finite one of a sane size.
-    const void* data = dtype == DType::kF32 ? static_cast<const void*>(wide.data()) : narrow.data();
-    const TensorView weight{data, dtype, out, in};
-    for (const int64_t rows : {1, 4, 8, 16, 64, 256, 512}) {
-      const std::vector<float> x = Normals(rows * in);
-      std::vector<float> y(rows * out);
-      report.Measure("matmul " + std::string(Name(dtype)) + " rows " + std::to_string(rows) + " 2048x2048",
-                     static_cast<double>(rows) * in * out, static_cast<double>(weight.bytes()), [&] {
-                       backend.MatMul({x.data(), weight, nullptr, y.data(), rows, false});
-                     });
+std::vector<std::byte> RandomWeights(DType dtype, int64_t out, int64_t in) {
+  const std::vector<float> values = Normals(static_cast<size_t>(in));
+  std::vector<std::byte> bytes(static_cast<size_t>(out) * RowBytes(dtype, in));
+  if (CanQuantizeTo(dtype)) {
+    const size_t row = RowBytes(dtype, in);
+    QuantizeRow(dtype, values.data(), in, bytes.data());
+    for (int64_t o = 1; o < out; ++o)
+      std::copy_n(bytes.data(), row, bytes.data() + static_cast<size_t>(o) * row);
+    return bytes;
+  }
+  std::mt19937 random(1);
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  const auto size = static_cast<size_t>(BlockOf(dtype).bytes);
+  const uint16_t scale = FloatToF16(0.001f);
+  for (size_t at = 0; at < bytes.size(); at += size) {
+    std::memcpy(bytes.data() + at + (dtype == DType::kQ6_K ? 208 : 0), &scale, sizeof(scale));
+    if (dtype != DType::kQ6_K) std::memcpy(bytes.data() + at + 2, &scale, sizeof(scale));
+  }
+  return bytes;
+}
+
+// The matrices of a 1.1B model, from small to large, and the head. Random bits will do as weights: all but
+// their scales are integers, and those are set.
+void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, bool bf16_dot) {
+  struct Shape {
+    int64_t out, in;
+  };
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4,
+                            DType::kQ4_K, DType::kQ5_K, DType::kQ6_K}) {
+    if (bf16_dot && dtype != DType::kBF16) continue;
+    for (const Shape shape : {Shape{256, 2048}, {2048, 2048}, {5632, 2048}, {2048, 5632}, {32000, 2048}}) {
+      // Enough copies that no cache holds them, as in a model.
+      const std::vector<std::byte> bytes = RandomWeights(dtype, shape.out, shape.in);
+      const size_t copies = std::max<size_t>(1, (size_t{192} << 20) / bytes.size());
+      std::vector<Weight> weights;
+      for (size_t i = 0; i < copies; ++i) {
+        weights.push_back(*backend.LoadWeight({bytes.data(), dtype, shape.out, shape.in}, dtype));
+      }
+      const double peak = IsQuantized(dtype) ? peaks.int8 : bf16_dot ? peaks.bf16 : peaks.fp32;
+      for (const int64_t rows : {1, 4, 8, 16, 128}) {
+        if (rows == 128 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
+        const std::vector<float> x = Normals(static_cast<size_t>(rows * shape.in));
+        std::vector<float> y(static_cast<size_t>(rows * shape.out));
+        size_t turn = 0;
+        const std::string name = "matmul " + std::string(Name(dtype)) + (bf16_dot ? " x bf16" : "") +
+                                 " rows " + std::to_string(rows) + " " + std::to_string(shape.out) + "x" +
+                                 std::to_string(shape.in);
+        report.Measure(name, static_cast<double>(rows) * shape.out * shape.in,
+                       static_cast<double>(bytes.size()), rows >= 64 ? peak : 0, rows < 64 ? peaks.read : 0,
+                       [&] {
+                         const Weight& weight = weights[turn++ % weights.size()];
+                         backend.MatMul({x.data(), weight.view, nullptr, y.data(), rows, false});
+                       });
+      }
     }
   }
 }
@@ -124,20 +179,41 @@ int Main(int argc, char** argv) {
   BackendOptions options;
   if (argc > 1) options.cpu_isa = argv[1];
   if (argc > 2) options.threads = std::atoi(argv[2]);
+  const std::string only = argc > 3 ? argv[3] : "";
   const auto backend = MakeBackend(options);
   if (!backend.ok()) {
     std::fprintf(stderr, "%s\n", backend.status().ToString().c_str());
     return 2;
   }
-  std::printf("{\"backend\": \"%s\", \"rows\": [", (*backend)->Description().c_str());
+  const int threads = options.threads > 0 ? options.threads : cpu::GrantedCores();
+  const MachinePeaks peaks = MeasurePeaks(threads);
+  const std::time_t now = std::time(nullptr);
+  char date[16];
+  std::strftime(date, sizeof(date), "%Y-%m-%d", std::gmtime(&now));
+  std::string command = "kernels_bench";
+  for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
+  std::printf("{\"command\": \"%s\",\n ", command.c_str());
+  std::printf(
+      "\"date\": \"%s\", \"machine\": \"%s\", \"backend\": \"%s\", \"threads\": %d,\n"
+      " \"peaks\": {\"fp32_gflops\": %.0f, \"bf16_gflops\": %.0f, \"int8_gops\": %.0f, \"read_gbps\": "
+      "%.1f},\n"
+      " \"rows\": [",
+      date, CpuModel().c_str(), (*backend)->Description().c_str(), threads, peaks.fp32, peaks.bf16,
+      peaks.int8, peaks.read);
   Report report;
-  MeasureMatMul(**backend, report);
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
-    MeasureAttention(**backend, report, format, 1, 1, 4096);
-    MeasureAttention(**backend, report, format, 8, 1, 1024);
-    MeasureAttention(**backend, report, format, 1, 512, 512);
+  if (only.empty() || only == "matmul") {
+    MeasureMatMul(**backend, report, peaks, false);
+    options.activation_dtype = DType::kBF16;
+    if (peaks.bf16 > 0) MeasureMatMul(**MakeBackend(options), report, peaks, true);
   }
-  for (const int64_t rows : {1, 256}) MeasureRowwise(**backend, report, rows);
+  if (only.empty() || only == "others") {
+    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+      MeasureAttention(**backend, report, format, 1, 1, 4096);
+      MeasureAttention(**backend, report, format, 8, 1, 1024);
+      MeasureAttention(**backend, report, format, 1, 512, 512);
+    }
+    for (const int64_t rows : {1, 256}) MeasureRowwise(**backend, report, rows);
+  }
   std::printf("\n]}\n");
   return 0;
 }

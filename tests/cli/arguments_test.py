@@ -49,7 +49,7 @@ class BadArguments(unittest.TestCase):
         self.assertIn(says, done.stderr, args)
 
     def test_commands(self):
-        self.check(says="serve, generate, eval, calibrate or bench")
+        self.check(says="serve, generate, eval, calibrate, bench or quantize")
         self.check("sreve", says="sreve")
         self.check("serve", "--bogus", says="--bogus")
         self.check("serve", "extra", says="extra")
@@ -68,7 +68,9 @@ class BadArguments(unittest.TestCase):
         self.check("eval", says="--text")
         self.check("eval", "--text", "a", "--ids", "b", says="either")
         self.check("eval", "--ids", "x.npy", "--ratio", "1,1.5", says="--ratio 1.5")
-        self.check("bench", "prefill", "--ratio", "0.5", says="--ratio 0.5")
+        self.check("bench", "decode", "--ratio", "0.5", says="--ratio")
+        self.check("bench", "prefill", "--ratio", "1.5", says="--ratio")
+        self.check("bench", "serve", "--cap", "64", says="give --ratio too")
         self.check("bench", "prefill", "--batch", "0", says="--batch")
 
     def test_settings(self):

@@ -78,6 +78,19 @@ class Bench(unittest.TestCase):
             # 4 blocks of 16 tokens, 8 layers of 4 kv heads, 32 dimensions of keys and values in bf16.
             self.assertEqual(row["kv_bytes"], 3 * 4 * 16 * 8 * 4 * 32 * 2 * 2)
 
+    def test_compressed_history(self):
+        def row(what, ratio):
+            done = atp("bench", what, "--model", MODEL, "--context", 400, "--tokens", 4, "--ratio", ratio, "--json",
+                       "--set", "atp.segment_tokens=64", "--set", "atp.window_tokens=64")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return json.loads(done.stdout)["rows"][0]
+        for what, tokens in (("prefill", 400), ("serve", 4)):
+            exact, compressed = row(what, 1), row(what, 0.25)
+            self.assertEqual((compressed["tokens"], compressed["preemptions"]), (tokens, 0))
+            self.assertEqual(exact["fit_share"], 0)
+            self.assertTrue(0 < compressed["fit_share"] < 1, compressed)
+            self.assertLess(compressed["kv_bytes_last"], 0.6 * exact["kv_bytes_last"])
+
     def test_more_than_the_model_has_positions_for(self):
         done = atp("bench", "decode", "--model", MODEL, "--context", 512, "--tokens", 1)
         self.assertEqual(done.returncode, 1)

@@ -31,7 +31,9 @@ class FailingBackend : public Backend {
   std::string Description() const override { return backend_->Description(); }
   bool Supports(const OpDesc& desc) const override { return backend_->Supports(desc); }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return backend_->Allocate(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return backend_->LoadWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    return backend_->LoadWeight(host, dtype);
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     backend_->CopyToDevice(device, host, bytes);
   }

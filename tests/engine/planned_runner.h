@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,8 @@ class PlannedRunner {
 
   // `exact_blocks`: no larger than exact tokens need, so that pages of principal entries hold fewer.
   explicit PlannedRunner(const std::string& model_dir, KvFormat format = KvFormat::kF32,
-                         const std::string& device = "cpu", bool exact_blocks = false) {
+                         const std::string& device = "cpu", bool exact_blocks = false,
+                         std::optional<DType> weight_dtype = std::nullopt) {
     BackendOptions options;
     options.device = device;
     backend_ = MakeBackend(options).value();
@@ -30,7 +32,7 @@ class PlannedRunner {
     limits.max_batch_rows = kMaxRows;
     limits.max_logit_rows = kMaxRows;
     limits.max_batch_entries = 8;
-    model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr).value();
+    model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr, weight_dtype).value();
     KvCache::Shape shape;
     shape.layers = config().layers;
     shape.kv_heads = config().kv_heads;

@@ -22,12 +22,15 @@ bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && SameBits(a.data(), b.data(), a.size());
 }
 
+constexpr DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16,  DType::kQ8_0, DType::kQ4_0,
+                             DType::kQ4,  DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+
 class BatchInvariance : public ::testing::TestWithParam<std::string> {
  protected:
   BatchInvariance()
       : random_(TestSeed()),
-        one_(TestBackend(GetParam(), 1, &missing_)),
-        three_(TestBackend(GetParam(), 3, &missing_)) {}
+        one_(TestBackend(GetParam(), 1, &missing_, DType::kBF16)),
+        three_(TestBackend(GetParam(), 3, &missing_, DType::kBF16)) {}
 
   void SetUp() override {
     if (one_ == nullptr) GTEST_SKIP() << missing_;
@@ -43,13 +46,17 @@ TEST_P(BatchInvariance, MatMul) {
   struct Shape {
     int64_t rows, in, out;
   };
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
-    // On a GPU: shapes that meet every kernel of a product, and are small enough for the emulation.
-    const std::vector<Shape> shapes =
-        IsCuda(GetParam()) ? std::vector<Shape>{{37, 172, 50}, {70, 1160, 17}, {260, 64, 33}}
-                           : std::vector<Shape>{{37, 172, 130}, {19, 2077, 53}, {140, 64, 301}};
-    for (const Shape shape : shapes) {
-      const Matrix weight = RandomMatrix(random_, dtype, shape.out, shape.in);
+  // On a GPU: shapes that meet every kernel of a product, and are small enough for the emulation.
+  const std::vector<Shape> shapes =
+      IsCuda(GetParam()) ? std::vector<Shape>{{37, 172, 50}, {70, 1160, 17}, {260, 64, 33}}
+                         : std::vector<Shape>{{37, 172, 130}, {19, 2077, 53}, {210, 64, 301}};
+  for (const DType dtype : kDTypes) {
+    if (IsCuda(GetParam()) && IsQuantized(dtype)) continue;  // they are bf16 there
+    for (Shape shape : shapes) {
+      const int block = BlockOf(dtype).elements;
+      shape.in = (shape.in + block - 1) / block * block;
+      const Matrix matrix = RandomMatrix(random_, dtype, shape.out, shape.in);
+      const Weight weight = Loaded(*one_, matrix);
       const std::vector<float> x = Normals(random_, shape.rows * shape.in);
       const std::vector<float> bias = Normals(random_, shape.out);
       const std::vector<float> before = Normals(random_, shape.rows * shape.out);
@@ -139,7 +146,7 @@ struct AttentionRun {
 };
 
 TEST_P(BatchInvariance, Attention) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
     for (const int head_dim : {IsCuda(GetParam()) ? 32 : 20, 64}) {
       for (const int group : {1, 3, 8}) {
         CacheProblem problem(random_, {format, head_dim, 2, 16, 32},
@@ -172,16 +179,40 @@ TEST_P(BatchInvariance, Attention) {
   }
 }
 
+// Cut into chunks for three threads, or not cut because others keep them busy.
+TEST_P(BatchInvariance, AttentionOfALongSequence) {
+  for (const KvFormat format : {KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    std::vector<SequenceShape> shapes = {{1, 1700, 600}, {2, 530, 0}};
+    shapes.resize(20, {1, 5, 0});
+    CacheProblem problem(random_, {format, 32, 1, 32, 32}, shapes, true);
+    const std::vector<float> query = Normals(random_, static_cast<size_t>(problem.rows()) * 4 * 32);
+    const AttentionRun run{problem, query, 4};
+    const std::vector<float> whole = run.All(*three_);
+    for (int s = 0; s < 2; ++s) {
+      const KvSequence& sequence = problem.sequences()[s];
+      const float* expected = whole.data() + sequence.first_row * run.RowFloats();
+      for (Backend* backend : {one_.get(), three_.get()}) {
+        const std::vector<float> alone = run.Rows(*backend, s, 0, sequence.rows);
+        EXPECT_TRUE(SameBits(alone.data(), expected, alone.size())) << Name(format) << " " << s;
+      }
+    }
+  }
+}
+
 TEST_P(BatchInvariance, MatMulOfAnotherSequencesNanStaysThere) {
-  const Matrix weight = RandomMatrix(random_, DType::kBF16, 29, 70);
-  std::vector<float> x = Normals(random_, 12 * 70);
-  std::vector<float> clean = Poison(12 * 29);
-  three_->MatMul({x.data(), weight.view, nullptr, clean.data(), 12, false});
-  std::fill_n(x.begin() + 5 * 70, 70, std::nanf(""));
-  std::vector<float> dirty = Poison(12 * 29);
-  three_->MatMul({x.data(), weight.view, nullptr, dirty.data(), 12, false});
-  for (int row = 0; row < 12; ++row) {
-    EXPECT_EQ(SameBits(&clean[row * 29], &dirty[row * 29], 29), row != 5) << row;
+  for (const DType dtype : kDTypes) {
+    const int64_t in = 256;
+    const Matrix matrix = RandomMatrix(random_, dtype, 29, in);
+    const Weight weight = Loaded(*three_, matrix);
+    std::vector<float> x = Normals(random_, 12 * in);
+    std::vector<float> clean = Poison(12 * 29);
+    three_->MatMul({x.data(), weight.view, nullptr, clean.data(), 12, false});
+    std::fill_n(x.begin() + 5 * in, in, std::nanf(""));
+    std::vector<float> dirty = Poison(12 * 29);
+    three_->MatMul({x.data(), weight.view, nullptr, dirty.data(), 12, false});
+    for (int row = 0; row < 12; ++row) {
+      EXPECT_EQ(SameBits(&clean[row * 29], &dirty[row * 29], 29), row != 5) << row;
+    }
   }
 }
 

@@ -24,6 +24,10 @@ class Mirror {
     return host == nullptr ? nullptr : static_cast<T*>(Copy(host, count * sizeof(T), true));
   }
   TensorView In(TensorView view) {
+    if (view.packed) {  // LoadWeight's: it is there
+      view.packed = false;
+      return view;
+    }
     view.data = Copy(view.data, view.bytes(), false);
     return view;
   }
@@ -102,7 +106,11 @@ class HostFacingBackend final : public Backend {
   std::string Description() const override { return device_->Description(); }
   bool Supports(const OpDesc& desc) const override { return device_->Supports(desc); }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return device_->Allocate(bytes); }
-  absl::StatusOr<Weight> LoadWeight(const TensorView& host) override { return device_->LoadWeight(host); }
+  absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
+    absl::StatusOr<Weight> weight = device_->LoadWeight(host, dtype);
+    if (weight.ok()) weight->view.packed = true;  // only the device can read it
+    return weight;
+  }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     device_->CopyToDevice(device, host, bytes);
   }

@@ -39,7 +39,9 @@ TEST(NoAllocation, AStepThatWasSeenBefore) {
   CacheProblem problem(random, {KvFormat::kBF16, head_dim, kv_heads, 16, 16}, {{20, 90, 30}, {1, 40, 0}},
                        false);
   const int rows = problem.rows(), dim = heads * head_dim;
-  const Matrix weight = RandomMatrix(random, DType::kBF16, dim, dim);
+  const Matrix matrix = RandomMatrix(random, DType::kBF16, dim, dim);
+  const Matrix quantized_matrix = RandomMatrix(random, DType::kQ4_K, dim, dim);
+  const Weight weight = Loaded(*backend, matrix), quantized = Loaded(*backend, quantized_matrix);
   const std::vector<float> norm = Normals(random, dim), frequency = Normals(random, head_dim / 2);
   const std::vector<float> key = Normals(random, rows * kv_heads * head_dim);
   std::vector<float> x = Normals(random, rows * dim), y(rows * dim);
@@ -48,6 +50,8 @@ TEST(NoAllocation, AStepThatWasSeenBefore) {
     for (int i = 0; i < rows; ++i) positions[i] = first + i;
     backend->GatherRows({weight.view, indices, x.data()});
     backend->RmsNorm({x.data(), norm.data(), x.data(), rows, dim, 1e-5f});
+    backend->GatherRows({quantized.view, indices, x.data()});
+    backend->MatMul({x.data(), quantized.view, nullptr, y.data(), rows, false});
     backend->MatMul({x.data(), weight.view, nullptr, y.data(), rows, false});
     backend->Rope({y.data(), positions, frequency.data(), heads, head_dim});
     backend->StoreKv({key.data(), key.data(), problem.sequences(), problem.pool(), kv_heads});

@@ -28,6 +28,7 @@ constexpr double kBF16Unit = 0x1p-8;
 // again.
 constexpr double kExpError = 4 * kUnit;
 const DType kDTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
+const DType kQuantized[] = {DType::kQ8_0, DType::kQ4_0, DType::kQ4, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 // NaN fails the comparison, so an output that was not written is found here.
 void ExpectNear(float actual, float expected, double tolerance, const std::string& where) {
@@ -67,32 +68,74 @@ TEST_P(OpParity, GatherRows) {
         actual_->GatherRows({table.view, indices, actual.data()});
         reference_->GatherRows({table.view, indices, expected.data()});
         EXPECT_EQ(actual, expected) << Name(dtype) << " dim " << dim << " rows " << rows;
+        actual = Poison(rows * dim);
+        const Weight loaded = Loaded(*actual_, table);
+        actual_->GatherRows({loaded.view, indices, actual.data()});
+        EXPECT_EQ(actual, expected) << "loaded " << Name(dtype) << " dim " << dim << " rows " << rows;
       }
     }
   }
 }
 
-void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dtype, int64_t rows, int64_t in,
-                 int64_t out, double x_unit) {
+// A matrix as the backend keeps it, and the same values for the reference.
+struct BothWeights {
+  BothWeights(Backend& backend, Backend& reference, const Matrix& matrix)
+      : actual(Loaded(backend, matrix)),
+        expected(reference.LoadWeight(matrix.view, actual.view.dtype).value()) {}
+  Weight actual, expected;
+};
+
+TEST_P(OpParity, GatherRowsOfQuantizedWeights) {
+  for (const DType dtype : kQuantized) {
+    const int64_t dim = 768;
+    const Matrix table = RandomMatrix(random_, dtype, 23, dim);
+    const BothWeights loaded(*actual_, *reference_, table);
+    EXPECT_EQ(loaded.actual.view.dtype, IsCuda(GetParam()) ? DType::kBF16 : dtype);
+    std::vector<int32_t> indices(40);
+    for (int32_t& index : indices) index = UniformInt(random_, 0, 22);
+    std::vector<float> actual = Poison(indices.size() * dim), expected = Poison(indices.size() * dim);
+    actual_->GatherRows({loaded.actual.view, indices, actual.data()});
+    reference_->GatherRows({loaded.expected.view, indices, expected.data()});
+    EXPECT_EQ(actual, expected) << Name(dtype);
+  }
+}
+
+// Quantised weights meet x in int8: rows that int8 holds exactly must come out as exact as sums of fp32 do.
+// The same for bf16 under activation_dtype bf16, and on tensor cores; there, x_unit is what rounding x costs.
+void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dtype, DType x_dtype,
+                 int64_t rows, int64_t in, int64_t out, double x_unit = 0) {
   const Matrix weight = RandomMatrix(random, dtype, out, in);
-  const std::vector<float> x = Normals(random, rows * in);
+  const BothWeights loaded(backend, reference, weight);
+  const std::vector<float> values = weight.Values();
+  std::vector<float> x = IsQuantized(dtype) ? IntegerRows(random, rows * in) : Normals(random, rows * in);
+  if (x_dtype == DType::kBF16) {
+    for (float& value : x) value = BF16ToFloat(FloatToBF16(value));
+  }
   const std::vector<float> bias = Normals(random, out);
   const std::vector<float> before = Normals(random, rows * out);
   for (const bool with_bias : {false, true}) {
     for (const bool accumulate : {false, true}) {
       std::vector<float> actual = accumulate ? before : Poison(rows * out);
       std::vector<float> expected = actual;
-      MatMulArgs args{x.data(),      weight.view, with_bias ? bias.data() : nullptr,
+      MatMulArgs args{x.data(),      loaded.actual.view, with_bias ? bias.data() : nullptr,
                       actual.data(), rows,        accumulate};
       backend.MatMul(args);
+      args.weight = loaded.expected.view;
       args.y = expected.data();
       reference.MatMul(args);
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t o = 0; o < out; ++o) {
           double norm =
               (with_bias ? std::abs(bias[o]) : 0.0) + (accumulate ? std::abs(before[r * out + o]) : 0.0);
-          for (int64_t k = 0; k < in; ++k)
-            norm += std::abs(static_cast<double>(x[r * in + k]) * weight.At(o, k));
+          for (int64_t k = 0; k < in; ++k) {
+            // q4_k and q5_k weights are differences: of what, a block's largest weight bounds.
+            double size = std::abs(values[o * in + k]);
+            if (dtype == DType::kQ4_K || dtype == DType::kQ5_K) {
+              const float* block = &values[o * in + k / 32 * 32];
+              for (int i = 0; i < 32; ++i) size = std::max<double>(size, 4 * std::abs(block[i]));
+            }
+            norm += std::abs(x[r * in + k]) * size;
+          }
           // in products, bias, residual, and the reference's rounding; and x as it is multiplied.
           const double tolerance = ((static_cast<double>(in) + 3) * kUnit + x_unit) * norm;
           ExpectNear(actual[r * out + o], expected[r * out + o], tolerance,
@@ -106,12 +149,72 @@ void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dty
   }
 }
 
+// The emulation is some thousand times slower than a CPU: there, the sizes that meet every branch, once.
+std::vector<int64_t> Few(bool cuda, std::vector<int64_t> all, std::vector<int64_t> few) {
+  return cuda ? few : all;
+}
+
+TEST_P(OpParity, MatMulQuantizedWeights) {
+  for (const DType dtype : kQuantized) {
+    const int block = BlockOf(dtype).elements;
+    for (const int64_t rows : Few(IsCuda(GetParam()), {1, 2, 3, 7, 8, 9, 17, 33}, {1, 9, 33})) {
+      for (const int64_t blocks : Few(IsCuda(GetParam()), {1, 3, 17}, {3})) {
+        const int64_t in = block * (block == 256 ? std::min<int64_t>(blocks, 5) : blocks);
+        for (const int64_t out : Few(IsCuda(GetParam()), {1, 16, 21, 50}, {21})) {
+          CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, rows, in, out);
+          ASSERT_FALSE(HasFailure());
+        }
+      }
+    }
+  }
+}
+
+TEST_P(OpParity, MatMulWithActivationsInBf16) {
+  const std::unique_ptr<Backend> backend = TestBackend(GetParam(), 3, &missing_, DType::kBF16);
+  for (const int64_t rows : Few(IsCuda(GetParam()), {1, 2, 3, 7, 8, 9, 17, 33}, {1, 9, 33})) {
+    for (const int64_t in : Few(IsCuda(GetParam()), {1, 2, 65, 512, 1111}, {2, 65, 1032})) {
+      for (const int64_t out : Few(IsCuda(GetParam()), {1, 16, 21, 50}, {21})) {
+        CheckMatMul(random_, *backend, *reference_, DType::kBF16, DType::kBF16, rows, in, out);
+        ASSERT_FALSE(HasFailure());
+      }
+    }
+  }
+}
+
+// Any x: off by no more than rounding x to 1/254 of its block's largest element can cause.
+TEST_P(OpParity, MatMulQuantizedActivations) {
+  const int64_t rows = 5, in = 512, out = 40;
+  for (const DType dtype : kQuantized) {
+    const Matrix weight = RandomMatrix(random_, dtype, out, in);
+    const BothWeights loaded(*actual_, *reference_, weight);
+    const std::vector<float> values = weight.Values();
+    const std::vector<float> x = Normals(random_, rows * in);
+    std::vector<float> actual = Poison(rows * out), expected = Poison(rows * out);
+    actual_->MatMul({x.data(), loaded.actual.view, nullptr, actual.data(), rows, false});
+    reference_->MatMul({x.data(), loaded.expected.view, nullptr, expected.data(), rows, false});
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t o = 0; o < out; ++o) {
+        double bound = 0;
+        for (int64_t b = 0; b < in; b += 32) {
+          double largest = 0, weights = 0;
+          for (int64_t k = b; k < b + 32; ++k) {
+            largest = std::max<double>(largest, std::abs(x[r * in + k]));
+            weights += std::abs(values[o * in + k]);
+          }
+          bound += largest / 254 * weights;
+        }
+        ExpectNear(actual[r * out + o], expected[r * out + o], bound * 1.001, std::string(Name(dtype)));
+      }
+    }
+  }
+}
+
 TEST_P(OpParity, MatMulSmallShapes) {
   for (const DType dtype : kDTypes) {
     for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17}) {
       for (const int64_t in : {1, 15, 16, 17, 64, 172}) {
         for (const int64_t out : {1, 5, 6, 13, 50}) {
-          CheckMatMul(random_, *actual_, *reference_, dtype, rows, in, out, XUnit(dtype));
+          CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, rows, in, out, XUnit(dtype));
           ASSERT_FALSE(HasFailure());
         }
       }
@@ -121,11 +224,12 @@ TEST_P(OpParity, MatMulSmallShapes) {
 
 TEST_P(OpParity, MatMulLargeShapes) {
   for (const DType dtype : kDTypes) {
-    CheckMatMul(random_, *actual_, *reference_, dtype, 3, 2500, 97,
-                XUnit(dtype));  // three depth slices, streamed
-    CheckMatMul(random_, *actual_, *reference_, dtype, 19, 1030, 61,
-                XUnit(dtype));  // two depth slices, packed
-    CheckMatMul(random_, *actual_, *reference_, dtype, 131, 33, 67, XUnit(dtype));  // two row blocks
+    const double x_unit = XUnit(dtype);
+    CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, 3, 2500, 97,
+                x_unit);  // three depth slices, streamed
+    CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, 19, 1030, 61,
+                x_unit);  // two depth slices, packed
+    CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, 203, 33, 67, x_unit);  // two row blocks
   }
 }
 
@@ -133,11 +237,11 @@ TEST_P(OpParity, MatMulOfWholeVectors) {
   // Rows of 16-byte vectors, as models have them: every kernel of the tensor cores, and depths over one
   // slice, one round of slices and, ragged, over several.
   for (const int64_t rows : {1, 9, 17, 33, 70}) {
-    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, rows, 72, 97, XUnit(DType::kBF16));
-    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, rows, 1160, 33, XUnit(DType::kBF16));
+    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, rows, 72, 97, XUnit(DType::kBF16));
+    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, rows, 1160, 33, XUnit(DType::kBF16));
   }
-  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, 3, 8 * 512 + 40, 17, XUnit(DType::kBF16));
-  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, 300, 136, 130, XUnit(DType::kBF16));
+  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, 3, 8 * 512 + 40, 17, XUnit(DType::kBF16));
+  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, 300, 136, 130, XUnit(DType::kBF16));
 }
 
 TEST_P(OpParity, RmsNorm) {
@@ -238,6 +342,12 @@ std::vector<CacheShape> CacheShapes() {
     shapes.push_back({format, 32, 3, 32, 64});
     shapes.push_back({format, 24, 1, 64, 16});
   }
+  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+    shapes.push_back({format, 6, 2, 16, 16});
+    shapes.push_back({format, 40, 2, 32, 48});
+    shapes.push_back({format, 64, 2, 64, 64});
+    shapes.push_back({format, 128, 1, 128, 128});
+  }
   return shapes;
 }
 
@@ -265,6 +375,10 @@ struct Norms {
   double score = 0;  // max_e scale·Σ|q_i·k_i| + |log_mass|
   int entries = 0;
   std::vector<double> value;  // max_e |v_i|
+  // Of integer pages, whose kernels may round the other side of a product to 16 bits as well:
+  double score_rounding =
+      0;  // max_e of half a step of the query, at most 2^-15·max|q_i| (int4: 2^-7), times scale·Σ|k_i|
+  double value_rounding = 0;  // Σ_e of half a step of a weight, at most 2^-16, times max_ei |v_i|
 };
 
 Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence& sequence, int kv_head,
@@ -273,16 +387,27 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
   Norms norms;
   norms.value.resize(head_dim);
   std::vector<float> key(head_dim), value(head_dim);
+  double largest_query = 0, largest_value = 0;
+  int integers = 0;
+  for (int i = 0; i < head_dim; ++i) largest_query = std::max<double>(largest_query, std::abs(query[i]));
   const auto add = [&](const KvPage& page, const BlockId* blocks, int count) {
     for (int e = 0; e < count; ++e) {
       float log_mass;
       page.Load(pool.data + static_cast<size_t>(blocks[e / page.entries()]) * pool.block_bytes,
                 e % page.entries(), key.data(), value.data(), &log_mass);
       if (std::isinf(log_mass)) continue;
-      double score = std::abs(log_mass);
+      double score = std::abs(log_mass), keys = 0;
       for (int i = 0; i < head_dim; ++i) {
         score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
         norms.value[i] = std::max<double>(norms.value[i], std::abs(value[i]));
+        keys += std::abs(key[i]);
+        if (IsInteger(page.format())) largest_value = std::max<double>(largest_value, std::abs(value[i]));
+      }
+      if (IsInteger(page.format())) {
+        norms.score_rounding =
+            std::max(norms.score_rounding,
+                     (page.format() == KvFormat::kInt4 ? 0x1p-7 : 0x1p-15) * largest_query * scale * keys);
+        ++integers;
       }
       norms.score = std::max(norms.score, score);
       ++norms.entries;
@@ -291,6 +416,7 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
   const KvHeadBlocks& head = sequence.heads[kv_head];
   add(*head.principal_page, head.principal, head.principal_entries);
   add(*pool.exact, sequence.heads[kv_head].exact, sequence.exact_entries);
+  norms.value_rounding = integers * 0x1p-16 * largest_value;
   return norms;
 }
 
@@ -300,18 +426,20 @@ Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence&
 //   so a weight p is wrong by that factor in the exponent, by exp's own error, and, once per slice of 16
 //   entries, by exp's error, and a product for shrinking:                        kExpError + (n/16 +
 //   1)·(kExpError + u) sums of n terms:                                                 n·u
-// Numerator and denominator each have this relative error against max_e|v_i|; the quotient and the reference
-// add 2·u.
+// With integer pages, s - m is also wrong by 2·score_rounding, and the numerator by value_rounding, since Σ p
+// >= 1. Numerator and denominator each have this relative error against max_e|v_i|; the quotient and the
+// reference add 2·u.
 // On tensor cores (tensor), fp32 is three terms of bf16, whose products make every sum six times as long;
 // with any other format (rounded) a query and a weight are rounded to bf16, which is b·S in the exponent of
 // both sums and b in one.
 double AttentionTolerance(const Norms& norms, int head_dim, int i, bool tensor, bool rounded) {
   const double slices = norms.entries / 16.0 + 2;  // the principal part may end in a partly filled slice
   const double terms = tensor ? 6 : 1;
-  const double weight =
-      (terms * head_dim + 6) * kUnit * norms.score + kExpError + slices * (kExpError + kUnit);
+  const double weight = (terms * head_dim + 6) * kUnit * norms.score +
+                        (tensor ? 0 : 2 * norms.score_rounding) + kExpError + slices * (kExpError + kUnit);
   const double rounding = rounded ? (2 * norms.score + 1) * kBF16Unit : 0;
-  return (2 * (weight + terms * norms.entries * kUnit) + 2 * kUnit + rounding) * norms.value[i];
+  return (2 * (weight + terms * norms.entries * kUnit) + 2 * kUnit + rounding) * norms.value[i] +
+         (tensor ? 0 : norms.value_rounding);
 }
 
 void CheckAttention(Random& random, Backend& backend, Backend& reference, CacheProblem& problem, int group,
@@ -366,11 +494,20 @@ TEST_P(OpParity, AttentionOverShapes) {
 
 TEST_P(OpParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
-    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
       CheckAttention(random_, *actual_, *reference_, problem, group, IsCuda(GetParam()));
       ASSERT_FALSE(HasFailure());
     }
+  }
+}
+
+// Chunks of a sequence that go to different threads, and a tile and a chunk that end in mid-slice.
+TEST_P(OpParity, AttentionOverLongSequences) {
+  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    CacheProblem problem(random_, {format, 32, 1, 32, 32}, {{1, 1500, 700}, {3, 513, 0}}, true);
+    CheckAttention(random_, *actual_, *reference_, problem, 3, IsCuda(GetParam()));
+    ASSERT_FALSE(HasFailure());
   }
 }
 

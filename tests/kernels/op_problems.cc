@@ -10,6 +10,7 @@
 
 #include "kernels/backend_factory.h"
 #include "kernels/dtype.h"
+#include "kernels/quantized.h"
 
 namespace atp {
 
@@ -33,21 +34,30 @@ std::vector<float> Normals(Random& random, size_t count) {
 
 std::vector<float> Poison(size_t count) { return std::vector<float>(count, std::nanf("")); }
 
-float Matrix::At(int64_t row, int64_t col) const {
-  const std::byte* at = bytes.data() + RowBytes(view.dtype, row * view.cols + col);
-  if (view.dtype == DType::kF32) {
-    float value;
-    std::memcpy(&value, at, sizeof(value));
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, at, sizeof(bits));
-  return view.dtype == DType::kBF16 ? BF16ToFloat(bits) : F16ToFloat(bits);
+std::vector<float> Matrix::Values() const {
+  std::vector<float> values(static_cast<size_t>(view.rows * view.cols));
+  DequantizeRow(view.dtype, bytes.data(), view.rows * view.cols, values.data());
+  return values;
 }
 
 Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
   Matrix matrix;
   matrix.bytes.resize(RowBytes(dtype, rows * cols));
+  matrix.view = {matrix.bytes.data(), dtype, rows, cols};
+  if (IsQuantized(dtype)) {
+    // Any bytes are a block, if its fp16 numbers are sane ones: d, and dmin of q4_k and q5_k.
+    for (std::byte& byte : matrix.bytes) byte = static_cast<std::byte>(random());
+    const auto size = static_cast<size_t>(BlockOf(dtype).bytes);
+    for (size_t at = 0; at < matrix.bytes.size(); at += size) {
+      const bool five_or_four = dtype == DType::kQ4_K || dtype == DType::kQ5_K;
+      for (const size_t offset : {dtype == DType::kQ6_K ? size_t{208} : size_t{0}, size_t{2}}) {
+        if (offset == 2 && !five_or_four) continue;
+        const uint16_t bits = FloatToF16(std::normal_distribution<float>()(random) * 0.01f);
+        std::memcpy(matrix.bytes.data() + at + offset, &bits, sizeof(bits));
+      }
+    }
+    return matrix;
+  }
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < rows * cols; ++i) {
     const float value = normal(random);
@@ -62,14 +72,33 @@ Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
       std::memcpy(at, &bits, sizeof(bits));
     }
   }
-  matrix.view = {matrix.bytes.data(), dtype, rows, cols};
   return matrix;
 }
 
-std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads) {
+std::vector<float> IntegerRows(Random& random, size_t count) {
+  std::vector<float> values(count);
+  for (size_t block = 0; block < count; block += 32) {
+    const float scale = std::ldexp(1.0f, UniformInt(random, -9, -5));
+    for (size_t i = block; i < std::min(block + 32, count); ++i) {
+      values[i] = scale * static_cast<float>(UniformInt(random, -127, 127));
+    }
+    values[std::min(block + static_cast<size_t>(UniformInt(random, 0, 31)), count - 1)] =
+        UniformInt(random, 0, 1) == 0 ? scale * 127 : scale * -127;
+  }
+  return values;
+}
+
+Weight Loaded(Backend& backend, const Matrix& matrix) {
+  absl::StatusOr<Weight> weight = backend.LoadWeight(matrix.view, matrix.view.dtype);
+  if (!weight.ok()) std::abort();
+  return *std::move(weight);
+}
+
+std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads, DType activation_dtype) {
   BackendOptions options;
   options.threads = threads;
   options.cpu_isa = isa;
+  options.activation_dtype = activation_dtype;
   return *MakeBackend(options);
 }
 

@@ -27,11 +27,16 @@ struct Matrix {
   std::vector<std::byte> bytes;
   TensorView view;
 
-  float At(int64_t row, int64_t col) const;
+  std::vector<float> Values() const;  // [rows, cols]
 };
 Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols);
 
-std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads);
+// Rows that quantising to int8, a scale per 32 elements, leaves as they are. count: of whole blocks.
+std::vector<float> IntegerRows(Random& random, size_t count);
+Weight Loaded(Backend& backend, const Matrix& matrix);
+
+std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads,
+                                    DType activation_dtype = DType::kF32);
 
 // A KV pool and sequences in it. Blocks lie in random order; a block's unwritten entries are NaN.
 struct CacheShape {

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <fstream>
 #include <iterator>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -51,12 +52,12 @@ Fit Solve(const Problem& p, const cpu::Isa* isa) {
     return fit;
   }
   const size_t size = cpu::PrincipalFitScratch(p.n, p.m, p.d, p.count);
-  std::vector<double> scratch(size + 16, NAN);
-  size_t space = scratch.size() * sizeof(double);
+  std::vector<float> scratch(size + 32, NAN);
+  size_t space = scratch.size() * sizeof(float);
   void* aligned = scratch.data();
-  std::align(64, size * sizeof(double), aligned, space);
-  cpu::PrincipalFitFor(isa->target)(p.View(), static_cast<double*>(aligned), &fit.result);
-  for (const double* x = static_cast<double*>(aligned) + size; x < scratch.data() + scratch.size(); ++x)
+  std::align(64, size * sizeof(float), aligned, space);
+  cpu::PrincipalFitFor(isa->target)(p.View(), static_cast<float*>(aligned), &fit.result);
+  for (const float* x = static_cast<float*>(aligned) + size; x < scratch.data() + scratch.size(); ++x)
     EXPECT_TRUE(std::isnan(*x)) << "written beyond the scratch that was asked for";
   return fit;
 }
@@ -106,16 +107,63 @@ Problem ReadFixture(const std::string& name) {
   return p;
 }
 
-// Both sides compute in double, so what is left is the rounding of fp32 results (half an ulp) and what the
-// ridge system, of condition at most r/ρ + 1, makes of double rounding: r/ρ · 2⁻⁵³ · 200 steps is far below
-// it.
-double Tolerance(double value) { return std::abs(value) * 0x1p-22 + 1e-7; }
+// Relative to 1 + |value|. The reference computes in double like the fixtures: what is left is the rounding
+// of fp32 results (half an ulp) and what the ridge system, of condition at most r/ρ + 1 < 2^14, makes of
+// double rounding, which is far below it. The cpu's products are in fp32, summed 32 at a time: relative
+// errors of about 2^-23, of which the same condition could make 2^-9 of a shift, as much as storing it in
+// bf16, in the one direction that the attention hardly uses. 2^-12 is asked for. The masses' 200 accelerated
+// steps add up rounding to at most 200²/4 times that of one step: 2^-23 · 10^4 = 2^-9.7.
+struct Tolerance {
+  double value, mass;
+};
+constexpr Tolerance kDouble{0x1p-22, 0x1p-21}, kSingle{0x1p-12, 0x1p-10};
+constexpr double kTied = 1e-5;  // norms² of columns that are this close, relative, may come in either order
 
+// Masses are compared, not their logarithms: one near 0 has any logarithm and no effect.
 void ExpectSame(const Fit& a, const std::vector<int32_t>& chosen, const std::vector<float>& values,
-                const std::vector<float>& mass) {
+                const std::vector<float>& mass, const Tolerance& tolerance) {
   ASSERT_THAT(a.chosen, testing::ElementsAreArray(chosen));
-  for (size_t i = 0; i < values.size(); ++i) ASSERT_NEAR(a.values[i], values[i], Tolerance(values[i])) << i;
-  for (size_t i = 0; i < mass.size(); ++i) ASSERT_NEAR(a.log_mass[i], mass[i], Tolerance(mass[i])) << i;
+  for (size_t i = 0; i < values.size(); ++i)
+    ASSERT_NEAR(a.values[i], values[i], tolerance.value * (1 + std::abs(values[i]))) << i;
+  for (size_t i = 0; i < mass.size(); ++i) {
+    const double expected = std::exp(double{mass[i]});
+    ASSERT_NEAR(std::exp(double{a.log_mass[i]}), expected, tolerance.mass * (1 + expected)) << i;
+  }
+}
+
+// The least relative distance of a pivot's norm² to the runner-up's, in double: of pivots closer than fp32
+// can tell apart either may be chosen, and other ones after it.
+double LeastGap(const Problem& p) {
+  std::vector<std::vector<double>> columns(p.n, std::vector<double>(p.m));
+  for (int q = 0; q < p.m; ++q) {
+    double sum = 0;
+    for (int i = 0; i < p.n; ++i) {
+      double score = p.log_mass.empty() ? 0.0 : p.log_mass[i];
+      for (int c = 0; c < p.d; ++c) score += double{p.queries[q * p.d + c]} * p.keys[i * p.d + c];
+      sum += columns[i][q] = std::exp(score);
+    }
+    for (auto& column : columns) column[q] /= sum;
+  }
+  const auto dot = [](const auto& x, const auto& y) {
+    return std::inner_product(x.begin(), x.end(), y.begin(), 0.0);
+  };
+  double least = 1;
+  for (int found = 0; found < p.count && columns.size() > 1;) {
+    std::vector<double> norms;
+    for (const auto& column : columns) norms.push_back(dot(column, column));
+    const size_t best = std::max_element(norms.begin(), norms.end()) - norms.begin();
+    const double norm = norms[best];
+    norms[best] = 0;
+    least = std::min(least, 1 - *std::max_element(norms.begin(), norms.end()) / norm);
+    const std::vector<double> pivot = columns[best];
+    columns.erase(columns.begin() + best);
+    ++found;  // forced pivots count too: as many steps at least as the fit takes without them
+    for (auto& column : columns) {
+      const double share = dot(pivot, column) / norm;
+      for (int q = 0; q < p.m; ++q) column[q] -= share * pivot[q];
+    }
+  }
+  return least;
 }
 
 Problem RandomProblem(std::mt19937& rng, int n, int m, int d, int count, int forced, bool biased) {
@@ -134,19 +182,19 @@ class Fixture : public testing::TestWithParam<std::string> {};
 
 TEST_P(Fixture, EveryImplementationAgrees) {
   const Problem p = ReadFixture(GetParam());
-  for (float gap : p.gap) ASSERT_GT(gap, 1e-6) << "a tied pivot: this fixture proves nothing";
+  for (float gap : p.gap) ASSERT_GT(gap, kTied) << "a tied pivot: this fixture proves nothing";
   const std::vector<double> exact = Output(p.held_out, p.d, p.keys, p.values, p.log_mass);
   std::vector<cpu::Isa> isas = cpu::AvailableIsas();
   for (size_t i = 0; i <= isas.size(); ++i) {
     SCOPED_TRACE(i == 0 ? "reference" : isas[i - 1].name);
     const Fit fit = Solve(p, i == 0 ? nullptr : &isas[i - 1]);
     EXPECT_TRUE(fit.result.fitted);
-    ExpectSame(fit, p.chosen, p.fitted_values, p.fitted_mass);
+    ExpectSame(fit, p.chosen, p.fitted_values, p.fitted_mass, i == 0 ? kDouble : kSingle);
     // Queries that were not fitted to get the same answer as from the fixture's entries, and nearly that of
     // all entries.
     const std::vector<double> expected = Output(p.held_out, p.d, fit.keys, p.fitted_values, p.fitted_mass);
     const std::vector<double> got = Output(p.held_out, p.d, fit.keys, fit.values, fit.log_mass);
-    EXPECT_LT(RelativeError(got, expected), 1e-6);
+    EXPECT_LT(RelativeError(got, expected), i == 0 ? 1e-6 : 1e-5);
     // The same keys without fits, each standing for n/r entries, answer clearly worse.
     std::vector<float> kept_values, kept_mass;
     for (int i : fit.chosen) {
@@ -170,13 +218,15 @@ TEST(PrincipalFit, EveryInstructionSetAgreesWithTheReference) {
     for (const bool biased : {false, true}) {
       const Problem p = RandomProblem(rng, s[0], s[1], s[2], s[3], s[4], biased);
       const Fit reference = Solve(p, nullptr);
+      const bool tied = LeastGap(p) < kTied;
       for (const cpu::Isa& isa : cpu::AvailableIsas()) {
         SCOPED_TRACE(isa.name + " n=" + std::to_string(p.n) + " r=" + std::to_string(p.count));
         const Fit fit = Solve(p, &isa);
         if (p.m >= p.count) {
-          ExpectSame(fit, reference.chosen, reference.values, reference.log_mass);
-          EXPECT_NEAR(fit.result.output_residual, reference.result.output_residual, 1e-6);
-          EXPECT_NEAR(fit.result.mass_residual, reference.result.mass_residual, 1e-6);
+          if (tied) continue;
+          ExpectSame(fit, reference.chosen, reference.values, reference.log_mass, kSingle);
+          EXPECT_NEAR(fit.result.output_residual, reference.result.output_residual, 1e-3);
+          EXPECT_NEAR(fit.result.mass_residual, reference.result.mass_residual, 1e-5);
         } else {
           // Fewer queries than entries to choose: the last pivots are ties of nothing, but everything is
           // spanned.

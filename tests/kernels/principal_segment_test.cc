@@ -187,7 +187,7 @@ TEST_P(FitPrincipalKeys, AgreesWithTheReferenceThroughPages) {
     }
     // 24 entries in blocks of 16: the padding of the second block must not be seen.
     const double tolerance =
-        format == KvFormat::kF32 ? 1e-5 : 1e-2;  // bf16: one rounding of entries may fall either way
+        format == KvFormat::kF32 ? 1e-4 : 1e-2;  // bf16: one rounding of entries may fall either way
     EXPECT_LT(Distance(a.Attend(true, a.out_blocks_, 32, 5), b.Attend(true, b.out_blocks_, 32, 5)),
               tolerance);
   }
@@ -215,7 +215,7 @@ TEST_P(FitPrincipalKeys, CompressesPrincipalEntriesAgain) {
     for (const PrincipalFitReport& report : s->Fit(28, 4, &s->out_blocks_, 32, s->out2_blocks_))
       EXPECT_TRUE(report.fitted);
   }
-  EXPECT_LT(Distance(a.Attend(true, a.out2_blocks_, 32, 5), b.Attend(true, b.out2_blocks_, 32, 5)), 1e-5);
+  EXPECT_LT(Distance(a.Attend(true, a.out2_blocks_, 32, 5), b.Attend(true, b.out2_blocks_, 32, 5)), 1e-4);
 }
 
 TEST_P(FitPrincipalKeys, AgreesWithTheReferenceInIntegerPages) {

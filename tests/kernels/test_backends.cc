@@ -23,8 +23,9 @@ std::vector<std::string> TestBackendNames() {
 
 bool IsCuda(const std::string& name) { return name == "cuda" || name == kEmulated; }
 
-std::unique_ptr<Backend> TestBackend(const std::string& name, int threads, std::string* missing) {
-  if (!IsCuda(name)) return CpuBackend(name, threads);
+std::unique_ptr<Backend> TestBackend(const std::string& name, int threads, std::string* missing,
+                                     DType activation_dtype) {
+  if (!IsCuda(name)) return CpuBackend(name, threads, activation_dtype);
   BackendOptions options;
   options.device = "cuda";
 #ifdef ATP_CUDA_EMULATED

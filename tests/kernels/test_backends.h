@@ -14,8 +14,9 @@ namespace atp {
 std::vector<std::string> TestBackendNames();
 
 // Ops take host memory, whatever the device. Null, with the reason in *missing, where there is no such
-// device.
-std::unique_ptr<Backend> TestBackend(const std::string& name, int threads, std::string* missing);
+// device. activation_dtype: of the cpu.
+std::unique_ptr<Backend> TestBackend(const std::string& name, int threads, std::string* missing,
+                                     DType activation_dtype = DType::kF32);
 
 // A GPU, real or emulated.
 bool IsCuda(const std::string& name);

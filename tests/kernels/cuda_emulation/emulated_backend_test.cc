@@ -43,7 +43,7 @@ TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
   std::vector<float> values(5'000'001);  // three of the uploader's buffers
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
   const absl::StatusOr<Weight> weight =
-      backend->LoadWeight({values.data(), DType::kF32, 1, static_cast<int64_t>(values.size())});
+      backend->LoadWeight({values.data(), DType::kF32, 1, static_cast<int64_t>(values.size())}, DType::kF32);
   ASSERT_TRUE(weight.ok()) << weight.status();
   std::vector<float> back(values.size());
   backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());

@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""atp and llama.cpp side by side: same machine, same weights, same threads, the two by turns, medians of several rounds.
+
+    compare_llama_cpp.py --atp build/cpu-release/atp --llama-bin LLAMA_CPP/build/bin --models DIR --json FILE
+
+DIR is what `random_model.py random SHAPE DIR` wrote. The quantised files that are missing in it are made first, by
+llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 and Q8_0 are the same bytes. Rows, each a pair of numbers and their ratio (above 1: atp is better):
+
+    decode        tokens/s of one sequence behind a short prompt
+    prefill       tokens/s of prompts of 512 and 2048 tokens
+    start         seconds from exec to the first token of a served answer, with the file in the page cache
+    peak_rss      bytes, of that same server after the answer
+    serve         1, 8 and 32 users at once, 256 tokens in and 128 out: tokens/s in total, and the 95th percentile of the
+                  time to first token in seconds
+
+Both servers get the same number of threads, slots and positions. Needs Python's standard library only.
+"""
+
+import argparse
+import concurrent.futures
+import http.client
+import json
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+PAIRS = {  # name: (atp's file, llama.cpp's file)
+    "q8/Q8_0": ("model-q8_0.gguf", "model-q8_0.gguf"),
+    "q4/Q4_0": ("model-q4.gguf", "model-q4_0.gguf"),
+    "q4/Q4_K": ("model-q4.gguf", "model-q4_k.gguf"),
+    "Q4_0/Q4_0": ("model-q4_0.gguf", "model-q4_0.gguf"),
+    "Q4_K/Q4_K": ("model-q4_k.gguf", "model-q4_k.gguf"),
+    "bf16/BF16": ("model-bf16.gguf", "model-bf16.gguf"),
+}
+QUANTISED = {"model-q8_0.gguf": "Q8_0", "model-q4_0.gguf": "Q4_0", "model-q4_k.gguf": "Q4_K_S"}
+POSITIONS = 512  # of a served request: 256 in, 128 out, and room
+
+
+def output_of(command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def make_missing(args):
+    for name, kind in QUANTISED.items():
+        path = args.models / name
+        if not path.exists():
+            output_of([args.llama_bin / "llama-quantize", "--pure", args.models / "model-bf16.gguf", path, kind,
+                       args.threads])
+    if not (args.models / "model-q4.gguf").exists():
+        output_of([args.atp, "quantize", args.models / "model-bf16.gguf", args.models / "model-q4.gguf",
+                   "--weight-dtype", "q4"])
+
+
+# --- one process, one number ------------------------------------------------------------------------------------------
+
+
+def atp_rate(args, pair, phase, tokens):
+    counts = ["--context", tokens] if phase == "prefill" else ["--context", 8, "--tokens", tokens]
+    command = [args.atp, "bench", phase, "--model", args.models / PAIRS[pair][0], "--threads", args.threads, "--batch", 1,
+               *counts, "--json", *args.atp_flags]
+    return json.loads(output_of(command))["rows"][0]["tokens_per_second"]
+
+
+def llama_rate(args, pair, phase, tokens):
+    counts = ["-p", tokens, "-n", 0] if phase == "prefill" else ["-p", 0, "-n", tokens]
+    command = [args.llama_bin / "llama-bench", "-m", args.models / PAIRS[pair][1], "-t", args.threads, "-r", 1,
+               "-o", "json", *counts]
+    return json.loads(output_of(command))[0]["avg_ts"]
+
+
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """A server on a port of its own, from exec to SIGTERM."""
+
+    def __init__(self, args, side, pair, users):
+        self.side = side
+        self.port = free_port()
+        model, gguf = PAIRS[pair]
+        if side == "atp":
+            command = [args.atp, "serve", "--model", args.models / model, "--threads", args.threads, "--http-port",
+                       self.port, "--grpc-port", 0, "--metrics-port", 0, "--set",
+                       f"scheduler.max_running_requests={users}", "--set", "kv_cache.prefix_cache=false", "--set", "model.name=model", "--set",
+                       f"kv_cache.memory_bytes={args.kv_bytes * users}", *args.atp_flags]
+        else:
+            command = [args.llama_bin / "llama-server", "-m", args.models / gguf, "-t", args.threads, "--host", "127.0.0.1",
+                       "--port", self.port, "-np", users, "-c", POSITIONS * users, "--no-webui"]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def wait(self):
+        while True:
+            if self.process.poll() is not None:
+                sys.exit(f"a server ended with exit code {self.process.returncode}")
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.01)
+
+    def answer(self, prompt, tokens):
+        """Streams an answer; (seconds to the first token, to the last, tokens)."""
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=3600)
+        body = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True,
+                "ignore_eos": True, "stream_options": {"include_usage": True}}
+        if self.side == "llama_cpp":
+            body["cache_prompt"] = False  # prompts differ; nothing may be found
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            sys.exit(f"status {response.status}: {response.read(500)}")
+        first, counted = None, 0
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if first is None and chunk.get("choices"):
+                first = time.monotonic() - began
+            if chunk.get("usage"):
+                counted = chunk["usage"]["completion_tokens"]
+        return first, time.monotonic() - began, counted or tokens
+
+    def peak_rss_bytes(self):
+        for line in pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return 0
+
+
+def prompt_of(index):
+    """256 token ids, another prompt for each user."""
+    return [3 + 256 + (index * 31 + i * 7) % 200 for i in range(256)]
+
+
+def start_up(args, side, pair):
+    with Server(args, side, pair, 1) as server:
+        server.wait()
+        server.answer(prompt_of(0)[:8], 1)
+        return {"start_s": time.monotonic() - server.started, "peak_rss_bytes": server.peak_rss_bytes()}
+
+
+def serve(args, side, pair, users):
+    with Server(args, side, pair, users) as server:
+        server.wait()
+        server.answer(prompt_of(99), 4)
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(users) as pool:
+            answers = list(pool.map(lambda i: server.answer(prompt_of(i), args.answer_tokens), range(users * 2)))
+        seconds = time.monotonic() - began
+        firsts = sorted(first for first, _, _ in answers)
+        return {"tokens_per_second": sum(count for _, _, count in answers) / seconds,
+                "ttft_p95_s": firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))],
+                "peak_rss_bytes": server.peak_rss_bytes()}
+
+
+# --- by turns --------------------------------------------------------------------------------------------------------
+
+
+def compared(args, labels, measure, better):
+    """Both sides by turns; {"atp": {…}, "llama_cpp": {…}, "ratio": {…}} of medians. better: +1 more is better, -1 less."""
+    samples = {"atp": [], "llama_cpp": []}
+    for round_number in range(args.rounds):
+        order = list(samples) if round_number % 2 == 0 else list(samples)[::-1]  # nobody is always first
+        for side in order:
+            samples[side].append(measure(side))
+    row = dict(labels)
+    for side, values in samples.items():
+        row[side] = {key: statistics.median(value[key] for value in values) for key in values[0]}
+    row["ratio"] = {key: (row["atp"][key] / row["llama_cpp"][key]) ** better[key] for key in row["atp"]}
+    row["rounds"] = args.rounds
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def rate_row(args, pair, phase, tokens):
+    def measure(side):
+        return {"tokens_per_second": (atp_rate if side == "atp" else llama_rate)(args, pair, phase, tokens)}
+
+    return compared(args, {"test": phase, "pair": pair, "tokens": tokens}, measure, {"tokens_per_second": 1})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--atp", type=pathlib.Path, required=True, help="the binary")
+    parser.add_argument("--llama-bin", type=pathlib.Path, required=True, help="folder of llama-bench, llama-server, llama-quantize")
+    parser.add_argument("--models", type=pathlib.Path, required=True, help="what random_model.py wrote")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--tests", nargs="+", choices=["decode", "prefill", "start", "serve"],
+                        default=["decode", "prefill", "start", "serve"])
+    parser.add_argument("--decode-tokens", type=int, default=64)
+    parser.add_argument("--prefill-tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--answer-tokens", type=int, default=128)
+    parser.add_argument("--kv-bytes", type=int, default=32 << 20, help="atp's cache per user")
+    parser.add_argument("--atp-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to atp")
+    parser.add_argument("--json", type=pathlib.Path, required=True)
+    args = parser.parse_args()
+    make_missing(args)
+    rows = []
+    for pair in args.pairs:
+        if "decode" in args.tests:
+            rows.append(rate_row(args, pair, "decode", args.decode_tokens))
+        for tokens in args.prefill_tokens if "prefill" in args.tests else []:
+            rows.append(rate_row(args, pair, "prefill", tokens))
+        if "start" in args.tests:
+            rows.append(compared(args, {"test": "start", "pair": pair}, lambda side: start_up(args, side, pair),
+                                 {"start_s": -1, "peak_rss_bytes": -1}))
+        for users in args.users if "serve" in args.tests else []:
+            rows.append(compared(args, {"test": "serve", "pair": pair, "users": users},
+                                 lambda side: serve(args, side, pair, users),
+                                 {"tokens_per_second": 1, "ttft_p95_s": -1, "peak_rss_bytes": -1}))
+    cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    version = output_of([args.atp, "--version"]).strip()
+    args.json.write_text(json.dumps({"cpu": cpu, "threads": args.threads, "atp": version, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
