@@ -88,8 +88,7 @@ class CudaBackend final : public Backend {
     weight.view = {nullptr, IsQuantized(dtype) ? DType::kBF16 : dtype, host.rows, host.cols};
     absl::StatusOr<Buffer> memory = Allocate(weight.view.bytes());
     if (!memory.ok()) return memory.status();
-    const cudaError_t error =
-        uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
+    const cudaError_t error = uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
     if (error != cudaSuccess) {
       return absl::InternalError(
           absl::StrCat("cuda: copying a weight ", MatrixShape(host.rows, host.cols), ": ", Text(error)));

@@ -39,7 +39,7 @@ def flags():
 def kernel_name(mangled):
     """atp::cuda::(anonymous namespace)::Name<arguments>(…), as Name<arguments>."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\((anonymous namespace|int|bool)\)|_GLOBAL__N_\w+", "", name)
+    name = re.sub(r"\(anonymous namespace\)|_GLOBAL__N_\w+|\([\w:]+\)(?=-?\d)", "", name)  # and casts of arguments
     name = re.sub(r"^void ", "", name.split("(")[0])
     return re.sub(r"(\w*::)+", "", name)
 

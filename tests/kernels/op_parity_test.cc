@@ -117,8 +117,8 @@ void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dty
     for (const bool accumulate : {false, true}) {
       std::vector<float> actual = accumulate ? before : Poison(rows * out);
       std::vector<float> expected = actual;
-      MatMulArgs args{x.data(),      loaded.actual.view, with_bias ? bias.data() : nullptr,
-                      actual.data(), rows,        accumulate};
+      MatMulArgs args{x.data(), loaded.actual.view, with_bias ? bias.data() : nullptr, actual.data(),
+                      rows,     accumulate};
       backend.MatMul(args);
       args.weight = loaded.expected.view;
       args.y = expected.data();
@@ -238,9 +238,11 @@ TEST_P(OpParity, MatMulOfWholeVectors) {
   // slice, one round of slices and, ragged, over several.
   for (const int64_t rows : {1, 9, 17, 33, 70}) {
     CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, rows, 72, 97, XUnit(DType::kBF16));
-    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, rows, 1160, 33, XUnit(DType::kBF16));
+    CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, rows, 1160, 33,
+                XUnit(DType::kBF16));
   }
-  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, 3, 8 * 512 + 40, 17, XUnit(DType::kBF16));
+  CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, 3, 8 * 512 + 40, 17,
+              XUnit(DType::kBF16));
   CheckMatMul(random_, *actual_, *reference_, DType::kBF16, DType::kF32, 300, 136, 130, XUnit(DType::kBF16));
 }
 

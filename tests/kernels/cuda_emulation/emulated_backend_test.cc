@@ -7,6 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/kernels/op_problems.h"
 
 namespace atp {
 namespace {
@@ -48,6 +49,33 @@ TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
   std::vector<float> back(values.size());
   backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
   EXPECT_TRUE(back == values);
+}
+
+TEST(EmulatedBackend, QuantizedWeightsBecomeBf16) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  Random random(TestSeed());
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K, DType::kF32}) {
+    // More than one of the uploader's buffers, and its last run is not a whole one.
+    const Matrix matrix = RandomMatrix(random, dtype, 4099, 1280);
+    const DType kept = IsQuantized(dtype) ? dtype : DType::kQ4;  // as the file has it, or as it was asked for
+    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, kept);
+    ASSERT_TRUE(weight.ok()) << weight.status();
+    ASSERT_EQ(weight->view.dtype, DType::kBF16);
+    std::vector<uint16_t> back(weight->view.bytes() / sizeof(uint16_t)), expected(back.size());
+    backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
+    const std::vector<float> values = matrix.Values();
+    for (size_t i = 0; i < values.size(); ++i) expected[i] = FloatToBF16(values[i]);
+    EXPECT_TRUE(back == expected) << Name(dtype);
+  }
+}
+
+TEST(EmulatedBackend, ImpossibleConversionsAreRefused) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const std::vector<float> values(48);
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K}) {  // 48 is no whole blocks; no such conversion
+    const absl::Status status = backend->LoadWeight({values.data(), DType::kF32, 1, 48}, dtype).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  }
 }
 
 // The last test here: as on a device, a failed launch stays with the process.
