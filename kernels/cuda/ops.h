@@ -30,7 +30,7 @@ cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);           
 cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args);            // kv_store.cu
 cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args);  // kv_store.cu
 cudaError_t Attention(const OpContext& context, const AttentionArgs& args);        // attention.cu
-// Reports are written by the time the stream has been synchronized.
+// Reports are written by Staging::Reset(), once the stream has been synchronized.
 cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args);  // principal_fit.cu
 
 }  // namespace atp::cuda

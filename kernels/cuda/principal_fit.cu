@@ -367,8 +367,8 @@ cudaError_t FitSome(const OpContext& context, const FitPrincipalKeysArgs& args, 
   if (error != cudaSuccess) return error;
   error = RunSteps(context, device, static_cast<unsigned>(count), most, shape, reports);
   if (error != cudaSuccess) return error;
-  return cudaMemcpyAsync(args.reports.data() + first, reports, count * sizeof(PrincipalFitReport),
-                         cudaMemcpyDeviceToHost, context.stream);
+  return context.staging->Receive(args.reports.data() + first, reports, count * sizeof(PrincipalFitReport),
+                                  context.stream);
 }
 
 }  // namespace

@@ -65,6 +65,8 @@ Staging::Table Staging::Take(size_t bytes, cudaError_t* error) {
 }
 
 void Staging::Reset() {
+  for (const Received& back : received_) std::memcpy(back.to, back.pinned, back.bytes);
+  received_.clear();
   if (chunks_.size() > 1) {
     size_t bytes = 0;
     for (const Chunk& chunk : chunks_) bytes += chunk.bytes;
@@ -76,6 +78,15 @@ void Staging::Reset() {
 
 cudaError_t Staging::Send(const Table& table, cudaStream_t stream) const {
   return cudaMemcpyAsync(table.device, table.host, table.bytes, cudaMemcpyHostToDevice, stream);
+}
+
+cudaError_t Staging::Receive(void* to, const void* device, size_t bytes, cudaStream_t stream) {
+  cudaError_t error;
+  const Table table = Take(bytes, &error);
+  if (table.host == nullptr) return error;
+  std::memset(table.host, 0, bytes);  // what the host gets if the device fails
+  received_.push_back({to, table.host, bytes});
+  return cudaMemcpyAsync(table.host, device, bytes, cudaMemcpyDeviceToHost, stream);
 }
 
 }  // namespace atp::cuda

@@ -1,4 +1,5 @@
-// Tables of a step (row indices, positions, block ids) on their way to the device, through pinned memory.
+// Tables of a step (row indices, positions, block ids) on their way to the device, and what ops report on its
+// way back, through pinned memory.
 // Nothing here waits for the device as long as a step's tables fit; the first steps grow it.
 #ifndef ATP_KERNELS_CUDA_STAGING_H_
 #define ATP_KERNELS_CUDA_STAGING_H_
@@ -57,6 +58,9 @@ class Staging {
     return *error == cudaSuccess ? reinterpret_cast<const T*>(table.device) : nullptr;
   }
 
+  // Bytes for the host's `to`, which has them after Reset(): a copy to memory that is not pinned would wait.
+  cudaError_t Receive(void* to, const void* device, size_t bytes, cudaStream_t stream);
+
   // The device has done all that was sent: its room may be used again, all tables are gone.
   void Reset();
 
@@ -66,11 +70,17 @@ class Staging {
     std::byte* device;
     size_t bytes;
   };
+  struct Received {
+    void* to;
+    const std::byte* pinned;
+    size_t bytes;
+  };
   cudaError_t Grow(size_t bytes);
   void Free();
 
   std::vector<Chunk> chunks_;  // tables are taken from the last; one, once the largest step has been seen
   size_t used_ = 0;            // of the last
+  std::vector<Received> received_;  // since the last Reset()
 };
 
 }  // namespace atp::cuda

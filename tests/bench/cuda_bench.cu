@@ -267,13 +267,9 @@ void Fit(Device& device) {
         work.push_back({nullptr, 0, first, kSegment, first + exact_blocks + out_blocks, positions.data(),
                         kSamples, 4, count, first + exact_blocks, &page});
       }
-      // Pinned, so that the copy of the reports can be part of a graph.
-      PrincipalFitReport* reports = nullptr;
-      Check(cudaHostAlloc(reinterpret_cast<void**>(&reports), work.size() * sizeof(PrincipalFitReport),
-                          cudaHostAllocDefault),
-            "reports");
+      std::vector<PrincipalFitReport> reports(work.size());
       const FitPrincipalKeysArgs args{work,
-                                      {reports, work.size()},
+                                      reports,
                                       {static_cast<std::byte*>(pool.data), block_bytes, &exact},
                                       &queries,
                                       static_cast<const float*>(device_frequency.data),
@@ -284,7 +280,6 @@ void Fit(Device& device) {
           "\"fitted\":%s}",
           segments, jobs, count, time.device_us, time.issue_us, time.device_us / jobs,
           reports[0].fitted ? "true" : "false");
-      cudaFreeHost(reports);
     }
   }
 }
