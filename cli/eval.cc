@@ -285,7 +285,8 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
        "principal entries per token of a closed segment, mean over kv heads (default: 1, or the budgets' "
        "own)");
   list("--bytes", &flags->shares,
-       "shares of bf16 bytes that a closed segment may take, spent through --budgets on entries and bits");
+       "shares of bf16 bytes that a closed segment may take, spent through --budgets on entries and bits "
+       "(default: none)");
   list("--segment", &flags->segments, "tokens compressed together (default: atp.segment_tokens)");
   list("--window", &flags->windows, "newest tokens that stay exact (default: atp.window_tokens)");
   list("--cap", &flags->caps,

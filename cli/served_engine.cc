@@ -87,7 +87,8 @@ size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t s
 
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
   if (config.kv_cache.memory_bytes > 0) return static_cast<size_t>(config.kv_cache.memory_bytes);
-  const double available = static_cast<double>(AvailableMemoryBytes());
+  const size_t on_device = loaded.backend->FreeMemoryBytes();
+  const double available = static_cast<double>(on_device > 0 ? on_device : AvailableMemoryBytes());
   const auto share = static_cast<size_t>(available * config.kv_cache.memory_fraction);
   return std::min(share, KvBytes(config.kv_cache, loaded, config.scheduler.max_running_requests,
                                  loaded.max_context_tokens));
