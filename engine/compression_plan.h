@@ -96,9 +96,7 @@ class CompressionPlan {
   int linear_rank() const { return linear_rank_; }  // of a segment's rows, less than these; 0: exact
   uint8_t linear_layers() const { return settings_.linear_layers; }
   // How many whole segments so many tokens have, if linear layers take low-rank inputs there.
-  int LowRankSegments(int tokens) const {
-    return linear_rank_ > 0 ? tokens / settings_.segment_tokens : 0;
-  }
+  int LowRankSegments(int tokens) const { return linear_rank_ > 0 ? tokens / settings_.segment_tokens : 0; }
   // Such a segment's keys and values depend on all of its tokens, in every block. Not the key of anything
   // else.
   uint64_t LowRankKey(std::span<const int32_t> segment) const;

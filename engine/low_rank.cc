@@ -8,7 +8,7 @@ namespace atp {
 namespace {
 
 // It must be clearly faster: a result is given up for it.
-constexpr double kWorthwhile = 0.95;
+constexpr double kWorthwhile = 0.9;
 // Orthonormalising goes column by column on one thread, in vectors: a multiply-add takes as long as so many
 // of a product's.
 constexpr double kSerial = 6;
