@@ -159,8 +159,9 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     backend_->RmsNorm({x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps});
   };
   const auto linear = [&](const float* x, const Weight& weight, const Weight& bias, float* y,
-                          bool accumulate = false) {
-    backend_->MatMul({x, weight.view, static_cast<const float*>(bias.view.data), y, rows, accumulate});
+                          bool accumulate = false, bool same_x = false) {
+    backend_->MatMul(
+        {x, weight.view, static_cast<const float*>(bias.view.data), y, rows, accumulate, same_x});
   };
 
   compactor_.Begin(batch);
@@ -174,8 +175,8 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     }
     norm(hidden, w.attention_norm, normed, rows);
     linear(normed, w.query, w.query_bias, query);
-    linear(normed, w.key, w.key_bias, key);
-    linear(normed, w.value, w.value_bias, value);
+    linear(normed, w.key, w.key_bias, key, /*accumulate=*/false, /*same_x=*/true);
+    linear(normed, w.value, w.value_bias, value, /*accumulate=*/false, /*same_x=*/true);
     if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
       backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
     }
@@ -188,7 +189,7 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
 
     norm(hidden, w.mlp_norm, normed, rows);
     linear(normed, w.gate, w.gate_bias, gate);
-    linear(normed, w.up, w.up_bias, up);
+    linear(normed, w.up, w.up_bias, up, /*accumulate=*/false, /*same_x=*/true);
     backend_->SwiGlu({gate, up, gate, rows, c.intermediate_size});
     linear(gate, w.down, w.down_bias, hidden, /*accumulate=*/true);
   }
