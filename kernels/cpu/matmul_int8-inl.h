@@ -465,6 +465,6 @@ void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int
   }
 }
 
-constexpr MatMulKernel Kernel() { 
+constexpr MatMulKernel Kernel() {
   return {RowForm::kInt8, kTileRows, kFewRows, kDotWords, PackRows, Multiply};
- }
+}
