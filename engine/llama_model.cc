@@ -11,6 +11,7 @@
 #include "absl/time/clock.h"
 #include "engine/block_table.h"
 #include "engine/compression_plan.h"
+#include "kernels/host_memory.h"
 
 namespace atp {
 namespace {
@@ -70,7 +71,7 @@ struct LlamaModel::Activations {
   Buffer last;                        // [logit_rows, hidden]
   Buffer logits;                      // [logit_rows, vocab]
   Buffer inverse_frequency;           // [head_dim / 2]
-  std::vector<float> host_logits;     // [logit_rows, vocab]
+  Buffer host_logits;                 // [logit_rows, vocab]; pages that no step reaches take no memory
   std::vector<KvSequence> sequences;  // scratch: the batch's entries as ops see them, in one layer
 };
 
@@ -134,7 +135,9 @@ absl::Status LlamaModel::AllocateActivations() {
   if (!status.ok()) return status;
   backend_->CopyToDevice(a.inverse_frequency.data(), config_.inverse_frequency.data(),
                          a.inverse_frequency.bytes());
-  a.host_logits.resize(static_cast<size_t>(limits_.max_logit_rows) * static_cast<size_t>(config_.vocab_size));
+  absl::StatusOr<Buffer> host_logits = AllocateHostMemory(a.logits.bytes());
+  if (!host_logits.ok()) return host_logits.status();
+  a.host_logits = *std::move(host_logits);
   a.sequences.reserve(static_cast<size_t>(limits_.max_batch_entries));
   return absl::OkStatus();
 }
@@ -204,7 +207,7 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     backend_->CopyToHost(a.host_logits.data(), a.logits.data(), logits * sizeof(float));
   }
   if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
-  return std::span<const float>(a.host_logits.data(), logits);
+  return std::span<const float>(a.host_logits.as<float>(), logits);
 }
 
 // The segments that this step has made whole, in one layer.
