@@ -17,6 +17,7 @@
 #include "cli/logging.h"
 #include "cli/served_engine.h"
 #include "cli/settings_flags.h"
+#include "engine/byte_budget.h"
 
 namespace atp {
 namespace {
@@ -28,11 +29,12 @@ struct CalibrateFlags {
   explicit CalibrateFlags(CLI::App* app) : settings(app) {}
   SettingsFlags settings;
   DataFlags data;
-  double ratio = 0;
-  int segment = 0;  // 0: as set
-  int window = -1;  // -1: as set
-  int from = -1;    // -1: the first position that sees something compressed
-  std::string out;  // empty: beside the model
+  double ratio = 0;  // one of this
+  double share = 0;  // and this is given: of the bytes of bf16
+  int segment = 0;   // 0: as set
+  int window = -1;   // -1: as set
+  int from = -1;     // -1: the first position that sees something compressed
+  std::string out;   // empty: beside the model
 };
 
 // A bar on a terminal, a line for each tenth otherwise.
@@ -58,26 +60,27 @@ struct Calibration {
   int from = 0;
 };
 
-absl::StatusOr<EvaluationCase> Case(const Calibration& c, std::vector<double> ratios) {
+absl::StatusOr<EvaluationCase> Case(const Calibration& c, const HeadBudgets& heads) {
   CompressionSettings settings = c.settings;
-  settings.head_ratio = std::move(ratios);
+  settings.head_ratio = heads.ratio;
+  settings.head_bits = heads.bits;
   absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan = MakeCompressionPlan(settings, c.plans);
   if (!plan.ok()) return plan.status();
-  return EvaluationCase{*std::move(plan), {}};
+  return EvaluationCase{*std::move(plan), {}, 0};
 }
 
 // KL of each case, on the calibration's sequences.
-absl::StatusOr<std::vector<double>> MeasureKl(const Calibration& c,
-                                              const std::vector<std::vector<double>>& ratios,
+absl::StatusOr<std::vector<double>> MeasureKl(const Calibration& c, const std::vector<HeadBudgets>& ways,
                                               const std::function<void(int, int)>& progress) {
   std::vector<EvaluationCase> cases;
-  for (const std::vector<double>& head_ratio : ratios) {
-    absl::StatusOr<EvaluationCase> one = Case(c, head_ratio);
+  for (const HeadBudgets& way : ways) {
+    absl::StatusOr<EvaluationCase> one = Case(c, way);
     if (!one.ok()) return one.status();
     cases.push_back(*std::move(one));
   }
   absl::StatusOr<std::vector<Score>> scores =
-      Evaluate(c.loaded.model.get(), c.loaded.backend.get(), c.cache, c.sequences, c.from, cases, progress);
+      Evaluate(c.loaded.model.get(), c.loaded.backend.get(), c.cache, c.sequences, c.from, cases,
+               /*recall_tokens=*/2, progress);
   if (!scores.ok()) return scores.status();
   if (scores->front().tokens == 0) {
     return absl::InvalidArgumentError(
@@ -88,12 +91,38 @@ absl::StatusOr<std::vector<double>> MeasureKl(const Calibration& c,
   return kl;
 }
 
-// Each (layer, kv head) compressed alone.
-absl::StatusOr<std::vector<double>> MeasureSensitivity(const Calibration& c) {
+// Each (layer, kv head) compressed alone: to the ratio of the sensitivity, and where bytes are to be shared
+// also to the others and to 4 bits.
+absl::Status MeasureSensitivities(const Calibration& c, bool curves, CompressionBudgets* budgets) {
   const auto heads = static_cast<size_t>(c.cache.heads_total());
-  std::vector<std::vector<double>> ratios(heads, std::vector<double>(heads, 1.0));
-  for (size_t h = 0; h < heads; ++h) ratios[h][h] = kSensitivityRatio;
-  return MeasureKl(c, ratios, ShowProgress);
+  struct Way {
+    double ratio;
+    int bits;
+    std::vector<double>* kl;
+  };
+  std::vector<Way> ways = {{kSensitivityRatio, 16, &budgets->sensitivity}};
+  if (curves) {
+    ways.push_back({1.0 / 2, 16, &budgets->sensitivity_half});
+    ways.push_back({1.0 / 4, 16, &budgets->sensitivity_quarter});
+    ways.push_back({1.0 / 8, 16, &budgets->sensitivity_eighth});
+    ways.push_back({1, 4, &budgets->sensitivity_4_bits});
+  }
+  std::vector<HeadBudgets> runs;
+  for (const Way& way : ways) {
+    for (size_t h = 0; h < heads; ++h) {
+      runs.push_back({std::vector<double>(heads, 1.0), std::vector<int>(heads, 16)});
+      runs.back().ratio[h] = way.ratio;
+      runs.back().bits[h] = way.bits;
+    }
+  }
+  absl::StatusOr<std::vector<double>> kl = MeasureKl(c, runs, ShowProgress);
+  if (!kl.ok()) return kl.status();
+  auto next = kl->begin();
+  for (const Way& way : ways) {
+    way.kl->assign(next, next + static_cast<ptrdiff_t>(heads));
+    next += static_cast<ptrdiff_t>(heads);
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& config) {
@@ -118,9 +147,13 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
   c.cache = KvShapeOf(config, c.loaded);
   c.cache.compressible = true;
   c.plans = CompressionShapeOf(c.loaded.model->config(), config.kv_cache.block_tokens, c.loaded.kv_format,
-                               c.loaded.max_context_tokens);
+                               *context);
+  CompressionSettings any_bits;
+  any_bits.head_bits = {16, 8, 4};
+  c.cache.block_bytes =
+      CompressedBlockBytes(any_bits, c.cache.format, c.cache.block_tokens, c.cache.head_dim);
   absl::StatusOr<EvaluationCase> any =
-      Case(c, std::vector<double>(static_cast<size_t>(c.cache.heads_total()), kSensitivityRatio));
+      Case(c, {std::vector<double>(static_cast<size_t>(c.cache.heads_total()), kSensitivityRatio), {}});
   if (!any.ok()) return any.status();
   const int untouched = any->plan->UntouchedTokens();
   if (*context <= untouched) {
@@ -133,43 +166,72 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
   return c;
 }
 
+// Shares what the flags ask for.
+absl::Status SetBudgets(const CalibrateFlags& flags, const Calibration& c, CompressionBudgets* budgets) {
+  budgets->ratio.assign(static_cast<size_t>(c.cache.heads_total()), 1.0);
+  if (flags.share == 0) {
+    budgets->ratio = RoundToBlocks(ShareBudget(budgets->sensitivity, flags.ratio), c.settings.segment_tokens,
+                                   c.plans.block_tokens);
+    return absl::OkStatus();
+  }
+  absl::StatusOr<HeadBudgets> spent = SpendBytes(*budgets, flags.share, c.settings, c.plans, "calibrate");
+  if (!spent.ok()) return spent.status();
+  budgets->ratio = std::move(spent->ratio);
+  budgets->bits = std::move(spent->bits);
+  return absl::OkStatus();
+}
+
+void Print(const CompressionBudgets& budgets) {
+  std::printf("layer  ratio%s of each kv head\n", budgets.bits.empty() ? "" : " x bits");
+  for (int l = 0; l < budgets.layers; ++l) {
+    std::printf("%-5d", l);
+    for (int h = 0; h < budgets.kv_heads; ++h) {
+      const auto head = static_cast<size_t>(l * budgets.kv_heads + h);
+      std::printf("  %-6.4g", budgets.ratio[head]);
+      if (!budgets.bits.empty()) std::printf(" x %-2d", budgets.bits[head]);
+    }
+    std::printf("\n");
+  }
+}
+
 absl::Status Run(const CalibrateFlags& flags, const Config& config) {
   absl::StatusOr<Calibration> c = Prepare(flags, config);
   if (!c.ok()) return c.status();
-  absl::StatusOr<std::vector<double>> sensitivity = MeasureSensitivity(*c);
-  if (!sensitivity.ok()) return sensitivity.status();
   CompressionBudgets budgets;
   budgets.layers = c->cache.layers;
   budgets.kv_heads = c->cache.kv_heads;
-  budgets.sensitivity = *std::move(sensitivity);
-  budgets.ratio = RoundToBlocks(ShareBudget(budgets.sensitivity, flags.ratio), c->settings.segment_tokens,
-                                config.kv_cache.block_tokens);
+  if (absl::Status s = MeasureSensitivities(*c, flags.share > 0, &budgets); !s.ok()) return s;
+  if (absl::Status s = SetBudgets(flags, *c, &budgets); !s.ok()) return s;
   // What that is worth, on the same sequences.
-  const std::vector<double> uniform(budgets.ratio.size(), flags.ratio);
-  absl::StatusOr<std::vector<double>> kl = MeasureKl(*c, {uniform, budgets.ratio}, {});
+  const HeadBudgets shared = {budgets.ratio, budgets.bits};
+  const HeadBudgets uniform = {std::vector<double>(budgets.ratio.size(), budgets.MeanRatio()), budgets.bits};
+  absl::StatusOr<EvaluationCase> chosen = Case(*c, shared);
+  if (!chosen.ok()) return chosen.status();
+  absl::StatusOr<std::vector<double>> kl = MeasureKl(*c, {uniform, shared}, {});
   if (!kl.ok()) return kl.status();
   const std::string path = flags.out.empty() ? BudgetsFileOf(config.model.path) : flags.out;
   if (absl::Status s = SaveCompressionBudgets(budgets, path); !s.ok()) return s;
 
-  std::printf("layer  ratio of each kv head\n");
-  for (int l = 0; l < budgets.layers; ++l) {
-    std::printf("%-5d", l);
-    for (int h = 0; h < budgets.kv_heads; ++h)
-      std::printf("  %-6.4g", budgets.ratio[static_cast<size_t>(l * budgets.kv_heads + h)]);
-    std::printf("\n");
-  }
+  Print(budgets);
+  std::printf("mean ratio %.4g", budgets.MeanRatio());
+  if (chosen->plan != nullptr)
+    std::printf(", %.4g of the bytes of bf16", ShareOfBf16(*chosen->plan, c->plans));
   std::printf(
-      "mean ratio %.4g; KL(exact || compressed) on this data: uniform %.3g, with these budgets %.3g\nwrote "
+      "; KL(exact || compressed) on this data: entries shared evenly %.3g, with these budgets %.3g\nwrote "
       "%s\n",
-      budgets.MeanRatio(), (*kl)[0], (*kl)[1], path.c_str());
+      (*kl)[0], (*kl)[1], path.c_str());
   return absl::OkStatus();
 }
 
 int Calibrate(const CalibrateFlags& flags) {
   if (absl::Status s = CheckDataFlags(flags.data, "calibrate"); !s.ok()) return BadArguments(s);
-  if (!(flags.ratio > 0 && flags.ratio < 1)) {
-    return BadArguments(absl::InvalidArgumentError(
-        absl::StrCat("--ratio ", flags.ratio, ": expected more than 0 and less than 1")));
+  if ((flags.ratio == 0) == (flags.share == 0)) {
+    return BadArguments(absl::InvalidArgumentError("calibrate needs either --ratio R or --bytes B"));
+  }
+  for (const auto& [name, value] : {std::pair("--ratio ", flags.ratio), std::pair("--bytes ", flags.share)}) {
+    if (value >= 0 && value < 1) continue;
+    return BadArguments(
+        absl::InvalidArgumentError(absl::StrCat(name, value, ": expected more than 0 and less than 1")));
   }
   absl::StatusOr<Config> config = flags.settings.Resolve();
   if (!config.ok()) return BadArguments(config.status());
@@ -186,9 +248,15 @@ void AddCalibrate(CLI::App* app, int* exit_code) {
   auto flags = std::make_shared<CalibrateFlags>(calibrate);
   flags->settings.AddModelFlags();
   AddDataFlags(calibrate, &flags->data, kDefaultSequences);
-  calibrate->add_option("--ratio", flags->ratio, "mean principal entries per token that the heads share")
-      ->option_text("R")
-      ->required();
+  calibrate
+      ->add_option("--ratio", flags->ratio,
+                   "mean principal entries per token that the heads share; or --bytes")
+      ->option_text("R");
+  calibrate
+      ->add_option("--bytes", flags->share,
+                   "share of the bytes of a bf16 cache that closed segments may take, spent head by head on "
+                   "entries and bits, 8 or 4; scales, log masses and padding counted")
+      ->option_text("B");
   calibrate
       ->add_option("--segment", flags->segment, "tokens compressed together (default: atp.segment_tokens)")
       ->option_text("TOKENS")

@@ -2,17 +2,19 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/byte_budget.h"
 #include "spdlog/spdlog.h"
 
 namespace atp {
 
 PresetBudget BudgetOf(const std::string& preset) {
-  if (preset == "quality") return {1.0 / 2, 8};
-  if (preset == "balanced") return {1.0 / 2, 4};
-  if (preset == "compact") return {1.0 / 4, 4};
+  if (preset == "quality") return {1.0 / 2, 8, 1.0 / 4};
+  if (preset == "balanced") return {1.0 / 2, 4, 1.0 / 8};
+  if (preset == "compact") return {1.0 / 4, 4, 1.0 / 16};
   return {};
 }
 
@@ -24,8 +26,46 @@ std::string BudgetsFileOf(const std::string& model_dir) {
   return (std::filesystem::path(model_dir) / std::string(kBudgetsFileName)).string();
 }
 
+namespace {
+
+double Mean(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+// Entries and bits of each head: the bytes of a preset spent anew where the file has curves, else what the
+// file has, else its ratios shared anew. `choice` has the mean ratio and the bits that are wanted.
+absl::Status ShareAmongHeads(const AtpConfig& config, double share, const CompressionBudgets& budgets,
+                             const CompressionShape& shape, CompressionChoice* choice) {
+  CompressionSettings& settings = choice->settings;
+  const bool by_preset = config.ratio == 0 && config.bits == 0;
+  if (by_preset && budgets.has_curves()) {
+    absl::StatusOr<HeadBudgets> spent = SpendBytes(budgets, share, settings, shape, choice->budgets_file);
+    if (spent.ok()) {
+      settings.head_ratio = std::move(spent->ratio);
+      settings.head_bits = std::move(spent->bits);
+      settings.ratio = choice->ratio = Mean(settings.head_ratio);
+      return absl::OkStatus();
+    }
+    // Segments too short for so few bytes: as near as whole pages come.
+  }
+  if (by_preset && !budgets.bits.empty() && !budgets.has_curves()) {
+    settings.head_ratio = budgets.ratio;
+    settings.head_bits = budgets.bits;
+    settings.ratio = choice->ratio = budgets.MeanRatio();
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::vector<double>> ratios = RatiosForMean(budgets, choice->ratio, settings.segment_tokens,
+                                                             shape.block_tokens, choice->budgets_file);
+  if (!ratios.ok()) return ratios.status();
+  settings.head_ratio = *std::move(ratios);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
-                                                    const LlamaConfig& model, int block_tokens) {
+                                                    const LlamaConfig& model, int block_tokens,
+                                                    KvFormat format) {
   CompressionChoice choice;
   std::error_code ignored;
   const std::string beside = BudgetsFileOf(model_dir);
@@ -41,7 +81,7 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   PresetBudget budget = BudgetOf(choice.preset);
   if (config.ratio > 0) {
     choice.preset = "ratio";
-    budget = {config.ratio, 16};
+    budget = {config.ratio, 16, 1};
   }
   if (config.bits > 0) budget.bits = config.bits;
   choice.ratio = budget.ratio;
@@ -66,27 +106,25 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   absl::StatusOr<CompressionBudgets> budgets =
       LoadCompressionBudgets(choice.budgets_file, model.layers, model.kv_heads);
   if (!budgets.ok()) return budgets.status();
-  absl::StatusOr<std::vector<double>> ratios =
-      RatiosForMean(*budgets, choice.ratio, settings.segment_tokens, block_tokens * (16 / settings.bits),
-                    choice.budgets_file);
-  if (!ratios.ok()) return ratios.status();
-  settings.head_ratio = *std::move(ratios);
+  const CompressionShape shape = CompressionShapeOf(model, block_tokens, format, /*max_positions=*/0);
+  if (absl::Status s = ShareAmongHeads(config, budget.share, *budgets, shape, &choice); !s.ok()) return s;
   return choice;
 }
 
-CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model,
+CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model, KvFormat format,
                                               const CompressionChoice& own) {
   if (!config.atp.allow_override) return nullptr;
   const int own_bits = own.exact() ? 8 : own.bits;
   const int block_tokens = config.kv_cache.block_tokens;
-  return [atp = config.atp, model_dir = config.model.path, model, block_tokens,
+  return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format,
           own_bits](const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
     if (wanted.preset == "exact") return CompressionSettings();
     AtpConfig asked = atp;
     asked.preset = wanted.preset.value_or("auto");
     asked.ratio = wanted.ratio.value_or(0);
     asked.bits = wanted.bits.value_or(wanted.preset ? 0 : wanted.ratio == 1.0 ? 16 : own_bits);
-    absl::StatusOr<CompressionChoice> choice = ChooseCompression(asked, model_dir, model, block_tokens);
+    absl::StatusOr<CompressionChoice> choice =
+        ChooseCompression(asked, model_dir, model, block_tokens, format);
     if (choice.ok()) return choice->settings;
     // It names a file of the operator's: for the log, not for the client.
     spdlog::warn("event=override_refused status=\"{}\"", choice.status().ToString());

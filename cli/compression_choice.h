@@ -16,9 +16,9 @@
 namespace atp {
 
 struct CompressionChoice {
-  std::string preset;        // "exact", "balanced" …; "ratio" when it was set by hand
-  double ratio = 1;          // mean over kv heads
-  int bits = 16;             // per element; 16: as exact entries
+  std::string preset;  // "exact", "balanced" …; "ratio" when it was set by hand
+  double ratio = 1;    // mean over kv heads
+  int bits = 16;       // per element; 16: as exact entries; of the preset where settings.head_bits differ
   std::string budgets_file;  // empty: uniform, or exact
   CompressionSettings settings;
   // The most blocks that a sequence of the model's full length holds at once; 0: nothing is compressed. Set
@@ -34,17 +34,19 @@ struct CompressionChoice {
 struct PresetBudget {
   double ratio = 1;
   int bits = 16;
+  double share = 1;  // of bf16 bytes, which a budgets file with curves spends head by head instead
 };
 PresetBudget BudgetOf(const std::string& preset);
 
-// Reads the budgets file where there is one. Errors name the setting or the file.
+// Reads the budgets file where there is one. `format`: of exact entries. Errors name the setting or the file.
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
-                                                    const LlamaConfig& model, int block_tokens);
+                                                    const LlamaConfig& model, int block_tokens,
+                                                    KvFormat format);
 
 // What requests that bring an override get on a server whose own choice is `own`: its segments, window,
 // sinks, cap and budgets. A ratio without bits has the server's, 8 where it is exact; a ratio of 1 is then
 // exact. Null where atp.allow_override is off.
-CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model,
+CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaConfig& model, KvFormat format,
                                               const CompressionChoice& own);
 
 // Where `atp calibrate` writes and the server looks: atp_budgets.json in `model_dir`,

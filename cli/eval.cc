@@ -1,6 +1,5 @@
 // atp eval: cross-entropy and accuracy of a model on a text or on token ids, with the cache exact and
 // compressed.
-#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -13,11 +12,13 @@
 #include "cli/baseline_backend.h"
 #include "cli/command.h"
 #include "cli/compression_choice.h"
+#include "cli/eval_table.h"
 #include "cli/evaluation_data.h"
 #include "cli/evaluator.h"
 #include "cli/logging.h"
 #include "cli/served_engine.h"
 #include "cli/settings_flags.h"
+#include "engine/byte_budget.h"
 #include "nlohmann/json.hpp"
 
 namespace atp {
@@ -30,7 +31,9 @@ struct EvalFlags {
   SettingsFlags settings;
   DataFlags data;
   int from = 0;
+  int recall_tokens = 2;
   std::vector<double> ratios;  // empty: 1, or what the budgets file has
+  std::vector<double> shares;  // of bf16 bytes, spent through the budgets file, beside the ratios
   std::vector<int> segments;   // these and the next: empty: as set
   std::vector<int> windows;
   std::vector<int> caps;
@@ -41,24 +44,30 @@ struct EvalFlags {
   bool json = false;
 };
 
-// One line of the answer.
-struct EvalRow {
-  std::string kv_dtype;
-  CompressionSettings settings;
-  double ratio = 1;  // mean over kv heads
-  Baseline method = Baseline::kNone;
-  std::shared_ptr<const CompressionPlan> plan;  // null: nothing is compressed
-  double kv_bytes_ratio = 1;
-  Score score;
+// How far one row compresses.
+struct Degree {
+  std::optional<double> ratio;  // nothing here and below: as the budgets file has it
+  std::optional<int> bits;
+  std::optional<double> share;  // of bf16 bytes, instead of both
 };
 
-// Every ratio with every number of bits.
-std::vector<std::pair<std::optional<double>, int>> Pairs(const std::vector<std::optional<double>>& ratios,
-                                                         const std::vector<int>& bits) {
-  std::vector<std::pair<std::optional<double>, int>> pairs;
-  for (const std::optional<double>& ratio : ratios)
-    for (const int b : bits) pairs.emplace_back(ratio, b);
-  return pairs;
+// Every ratio with every number of bits, and then the shares.
+std::vector<Degree> Degrees(const EvalFlags& flags, bool budgets_have_bits) {
+  std::vector<Degree> degrees;
+  std::vector<std::optional<double>> ratios(flags.ratios.begin(), flags.ratios.end());
+  if (ratios.empty() && flags.shares.empty()) ratios.emplace_back();
+  std::vector<std::optional<int>> bits(flags.bits.begin(), flags.bits.end());
+  for (const std::optional<double>& ratio : ratios) {
+    if (!bits.empty()) {
+      for (const std::optional<int>& b : bits) degrees.push_back({ratio, b, {}});
+    } else if (!ratio && budgets_have_bits) {
+      degrees.push_back({ratio, {}, {}});
+    } else {
+      degrees.push_back({ratio, 16, {}});
+    }
+  }
+  for (const double share : flags.shares) degrees.push_back({{}, {}, share});
+  return degrees;
 }
 
 template <class T>
@@ -66,33 +75,27 @@ std::vector<T> OrSet(const std::vector<T>& given, const T& set) {
   return given.empty() ? std::vector<T>{set} : given;
 }
 
-// Blocks of one compressed segment as a share of what its tokens take exact, padding and log masses counted.
-// Under a cap: of the whole history, at the model's last position.
-double KvBytesRatio(const CompressionPlan& plan, const LlamaConfig& model, KvFormat format, int context) {
-  const int block_tokens = plan.block_tokens();
-  const KvPage exact(format, block_tokens, model.head_dim, false);
-  const int last = std::max(0, context / plan.segment_tokens() - 1);
-  double bytes = 0;
-  for (int k = plan.StateBegin(last); k <= last; ++k) {
-    for (int head = 0; head < model.layers * model.kv_heads; ++head)
-      bytes += static_cast<double>(plan.GroupBlocks(k)[head]) * static_cast<double>(plan.Page(head)->bytes());
+// By hand, or the file's own, or shared by the file.
+absl::Status SetDegree(const std::optional<CompressionBudgets>& budgets, const EvalFlags& flags,
+                       const Degree& degree, const CompressionShape& shape, EvalRow* row) {
+  if (degree.share) {
+    absl::StatusOr<HeadBudgets> spent =
+        SpendBytes(*budgets, *degree.share, row->settings, shape, flags.budgets_file);
+    if (!spent.ok()) return spent.status();
+    row->settings.head_ratio = std::move(spent->ratio);
+    row->settings.head_bits = std::move(spent->bits);
+    return absl::OkStatus();
   }
-  const int64_t exact_blocks = int64_t{last + 1} * plan.blocks_per_segment() * model.layers * model.kv_heads;
-  return bytes / (static_cast<double>(exact_blocks) * static_cast<double>(exact.bytes()));
-}
-
-// Ratios by hand, or the file's own, or shared by the file for the given mean.
-absl::Status SetRatio(const std::optional<CompressionBudgets>& budgets, const EvalFlags& flags,
-                      std::optional<double> ratio, int block_tokens, EvalRow* row) {
-  row->ratio = ratio ? *ratio : budgets ? budgets->MeanRatio() : 1;
-  row->settings.ratio = row->ratio;
-  if (!budgets || row->ratio == 1) return absl::OkStatus();  // every head keeps all its keys
-  if (!ratio) {
+  row->settings.bits = degree.bits.value_or(16);
+  row->settings.ratio = degree.ratio ? *degree.ratio : budgets ? budgets->MeanRatio() : 1;
+  if (!degree.bits) row->settings.head_bits = budgets->bits;
+  if (!budgets || row->settings.ratio == 1) return absl::OkStatus();  // every head keeps all its keys
+  if (!degree.ratio) {
     row->settings.head_ratio = budgets->ratio;
     return absl::OkStatus();
   }
-  absl::StatusOr<std::vector<double>> ratios =
-      RatiosForMean(*budgets, *ratio, row->settings.segment_tokens, block_tokens, flags.budgets_file);
+  absl::StatusOr<std::vector<double>> ratios = RatiosForMean(
+      *budgets, *degree.ratio, row->settings.segment_tokens, shape.block_tokens, flags.budgets_file);
   if (!ratios.ok()) return ratios.status();
   row->settings.head_ratio = *std::move(ratios);
   return absl::OkStatus();
@@ -109,31 +112,29 @@ absl::StatusOr<std::vector<EvalRow>> MakeRows(const EvalFlags& flags, const Conf
     if (!file.ok()) return file.status();
     budgets = *std::move(file);
   }
-  std::vector<std::optional<double>> ratios(flags.ratios.begin(), flags.ratios.end());
-  if (ratios.empty()) ratios.push_back(std::nullopt);
-  const CompressionShape shape =
+  CompressionShape shape =
       CompressionShapeOf(model, config.kv_cache.block_tokens, loaded.kv_format, loaded.max_context_tokens);
+  shape.max_positions = context;
   std::vector<EvalRow> rows;
   for (const int segment : OrSet(flags.segments, config.atp.segment_tokens)) {
     for (const int window : OrSet(flags.windows, config.atp.window_tokens)) {
       for (const int cap : OrSet(flags.caps, config.atp.max_principal_keys)) {
-        for (const auto& [ratio, bits] : Pairs(ratios, OrSet(flags.bits, 16))) {
+        for (const Degree& degree : Degrees(flags, budgets && !budgets->bits.empty())) {
           EvalRow row;
-          row.settings.bits = bits;
           row.kv_dtype = std::string(Name(loaded.kv_format));
           row.settings.segment_tokens = segment;
           row.settings.window_tokens = window;
           row.settings.sink_tokens = config.atp.sink_tokens;
           row.settings.max_principal_keys = cap;
-          if (absl::Status s = SetRatio(budgets, flags, ratio, config.kv_cache.block_tokens, &row); !s.ok()) {
-            return s;
-          }
+          if (absl::Status s = SetDegree(budgets, flags, degree, shape, &row); !s.ok()) return s;
           absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan =
               MakeCompressionPlan(row.settings, shape);
           if (!plan.ok()) return plan.status();
           row.plan = *std::move(plan);
-          if (row.plan != nullptr)
-            row.kv_bytes_ratio = KvBytesRatio(*row.plan, model, loaded.kv_format, context);
+          if (row.plan != nullptr) {
+            row.bf16_bytes_ratio = ShareOfBf16(*row.plan, shape);
+            row.kv_bytes_ratio = row.bf16_bytes_ratio / ExactShareOfBf16(shape);
+          }
           for (const std::string& name : OrSet(flags.baselines, std::string("none"))) {
             row.method = *BaselineFromName(name);
             if (row.plan != nullptr || row.method == Baseline::kNone) rows.push_back(row);
@@ -172,14 +173,15 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   for (size_t i = 0; i < rows->size(); ++i) {
     if ((*rows)[i].plan == nullptr) continue;
     shape.compressible = true;
-    shape.block_bytes = std::max(shape.block_bytes, CompressedBlockBytes((*rows)[i].settings, shape.format,
-                                                                         shape.block_tokens, shape.head_dim));
+    const size_t block_bytes =
+        CompressedBlockBytes((*rows)[i].settings, shape.format, shape.block_tokens, shape.head_dim);
+    shape.block_bytes = std::max(shape.block_bytes, block_bytes);
     const Baseline method = (*rows)[i].method;
-    cases.push_back({(*rows)[i].plan, [backend, method] { backend->set_baseline(method); }});
+    cases.push_back({(*rows)[i].plan, [backend, method] { backend->set_baseline(method); }, block_bytes});
     case_rows.push_back(i);
   }
-  absl::StatusOr<std::vector<Score>> scores =
-      Evaluate(loaded->model.get(), loaded->backend.get(), shape, *sequences, flags.from, cases);
+  absl::StatusOr<std::vector<Score>> scores = Evaluate(loaded->model.get(), loaded->backend.get(), shape,
+                                                       *sequences, flags.from, cases, flags.recall_tokens);
   if (!scores.ok()) return scores.status();
   if (scores->front().tokens == 0) {
     return absl::InvalidArgumentError(
@@ -188,56 +190,13 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   }
   EvalRow exact;
   exact.kv_dtype = std::string(Name(loaded->kv_format));
+  exact.bf16_bytes_ratio =
+      ExactShareOfBf16(CompressionShapeOf(*llama, config.kv_cache.block_tokens, loaded->kv_format, *context));
   exact.score = scores->front();
   for (EvalRow& row : *rows) row.score = exact.score;
   for (size_t c = 0; c < case_rows.size(); ++c) (*rows)[case_rows[c]].score = (*scores)[c + 1];
   rows->insert(rows->begin(), exact);
   return rows;
-}
-
-std::string Method(const EvalRow& row) {
-  if (row.plan == nullptr) return "exact";
-  return row.method == Baseline::kNone ? "atp" : std::string(Name(row.method));
-}
-
-ordered_json Json(const EvalRow& row) {
-  const auto tokens = static_cast<double>(row.score.tokens);
-  const bool exact = row.plan == nullptr;
-  return {{"method", Method(row)},
-          {"kv_dtype", row.kv_dtype},
-          {"ratio", row.ratio},
-          {"segment", exact ? 0 : row.settings.segment_tokens},
-          {"window", exact ? 0 : row.settings.window_tokens},
-          {"cap", exact ? 0 : row.settings.max_principal_keys},
-          {"bits", exact ? 16 : row.settings.bits},
-          {"kv_bytes_ratio", row.kv_bytes_ratio},
-          {"kv_held_ratio",
-           static_cast<double>(row.score.held_bytes) / static_cast<double>(row.score.exact_bytes)},
-          {"cross_entropy", row.score.CrossEntropy()},
-          {"perplexity", std::exp(row.score.CrossEntropy())},
-          {"kl", row.score.Kl()},
-          {"agreement", static_cast<double>(row.score.agree) / tokens},
-          {"accuracy", static_cast<double>(row.score.right) / tokens},
-          {"tokens", row.score.tokens}};
-}
-
-void PrintTable(const std::vector<EvalRow>& rows) {
-  std::printf(
-      "method     kv    bits  ratio    segment  window  cap   kv_bytes  held    cross_entropy  perplexity  "
-      "kl      "
-      "  "
-      "agreement  accuracy  tokens\n");
-  for (const EvalRow& row : rows) {
-    const ordered_json j = Json(row);
-    std::printf(
-        "%-9s  %-4s  %-4d  %-7.4g  %-7d  %-6d  %-4d  %-8.4f  %-6.4f  %-13.4f  %-10.4f  %-8.2e  %-9.4f  "
-        "%-8.4f  "
-        "%lld\n",
-        Method(row).c_str(), row.kv_dtype.c_str(), j["bits"].get<int>(), row.ratio, j["segment"].get<int>(),
-        j["window"].get<int>(), j["cap"].get<int>(), row.kv_bytes_ratio, j["kv_held_ratio"].get<double>(),
-        row.score.CrossEntropy(), std::exp(row.score.CrossEntropy()), row.score.Kl(),
-        j["agreement"].get<double>(), j["accuracy"].get<double>(), static_cast<long long>(row.score.tokens));
-  }
 }
 
 absl::Status Check(const EvalFlags& flags, const Config& config) {
@@ -246,6 +205,11 @@ absl::Status Check(const EvalFlags& flags, const Config& config) {
     if (ratio > 0 && ratio <= 1) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("--ratio ", ratio, ": expected more than 0 and at most 1"));
+  }
+  for (const double share : flags.shares) {
+    if (share > 0 && share <= 1 && !flags.budgets_file.empty()) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--bytes ", share, ": expected more than 0 and at most 1, and --budgets FILE to spend it"));
   }
   for (const std::string& name : flags.baselines) {
     if (!BaselineFromName(name)) {
@@ -283,8 +247,8 @@ int Eval(const EvalFlags& flags) {
   for (const Config& config : *configs) {
     absl::StatusOr<std::vector<EvalRow>> part = EvaluateRows(flags, config);
     if (!part.ok()) return Failure(part.status());
-    exact.push_back(Json(part->front()));
-    for (size_t i = 1; i < part->size(); ++i) rows.push_back(Json((*part)[i]));
+    exact.push_back(EvalJson(part->front()));
+    for (size_t i = 1; i < part->size(); ++i) rows.push_back(EvalJson((*part)[i]));
     // A table shows the exact row once, also where it was asked for by --ratio 1.
     for (size_t i = 0; i < part->size(); ++i) {
       if (i == 0 || (*part)[i].plan != nullptr) table.push_back((*part)[i]);
@@ -293,7 +257,7 @@ int Eval(const EvalFlags& flags) {
   if (flags.json) {
     std::puts(ordered_json({{"exact", exact}, {"rows", rows}}).dump().c_str());
   } else {
-    PrintTable(table);
+    PrintEvalTable(table);
   }
   return 0;
 }
@@ -305,6 +269,9 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
   list("--ratio", &flags->ratios,
        "principal entries per token of a closed segment, mean over kv heads (default: 1, or the budgets' "
        "own)");
+  list("--bytes", &flags->shares,
+       "shares of bf16 bytes that a closed segment may take, spent through --budgets on entries and bits "
+       "(default: none)");
   list("--segment", &flags->segments, "tokens compressed together (default: atp.segment_tokens)");
   list("--window", &flags->windows, "newest tokens that stay exact (default: atp.window_tokens)");
   list("--cap", &flags->caps,
@@ -315,8 +282,14 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
   list("--baseline", &flags->baselines,
        "how entries are chosen: none (principal keys), recent, attention, unfitted (default: none)");
   eval->add_option("--budgets", flags->budgets_file,
-                   "ratios per kv head, as atp calibrate writes them (default: uniform)")
+                   "ratios and bits per kv head, as atp calibrate writes them (default: uniform)")
       ->option_text("FILE");
+  eval->add_option(
+          "--recall-tokens", flags->recall_tokens,
+          "a prediction counts as recall where so many tokens came before in the same order, followed by "
+          "the same (default: 2)")
+      ->option_text("TOKENS")
+      ->check(CLI::Range(1, 64));
 }
 
 }  // namespace
@@ -334,7 +307,10 @@ void AddEval(CLI::App* app, int* exit_code) {
   AddListFlags(eval, flags.get());
   eval->add_flag("--json", flags->json, "print {\"exact\": [...], \"rows\": [...]} (default: a table)");
   eval->footer(
-      "Every combination of the lists is a row. kl is KL(exact || compressed) in nats per token, agreement "
+      "Every combination of the lists is a row, and recall the accuracy where an earlier place gives the "
+      "answer "
+      "away, by the\n"
+      "distance in tokens. kl is KL(exact || compressed) in nats per token, agreement "
       "that of the\n"
       "argmax; kv_bytes is what a compressed segment takes of its exact bytes, held what whole sequences "
       "take at their\n"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -28,12 +29,19 @@ double LogNormaliser(std::span<const float> logits, float top) {
   return top + std::log(sum);
 }
 
-// `exact`: empty while the exact cache itself runs.
-void Judge(std::span<const float> logits, std::span<const float> exact, TokenId next, Score* score) {
+// `exact`: empty while the exact cache itself runs. `distance`: of RecallDistances().
+void Judge(std::span<const float> logits, std::span<const float> exact, TokenId next, int distance,
+           Score* score) {
   const auto best = std::max_element(logits.begin(), logits.end());
   const double log_sum = LogNormaliser(logits, *best);
   score->cross_entropy_sum += log_sum - logits[static_cast<size_t>(next)];
-  score->right += best - logits.begin() == next ? 1 : 0;
+  const int right = best - logits.begin() == next ? 1 : 0;
+  score->right += right;
+  if (distance > 0) {
+    Recall& recall = score->recall[static_cast<size_t>(std::min(std::ilogb(distance), kDistanceBuckets - 1))];
+    recall.right += right;
+    ++recall.tokens;
+  }
   ++score->tokens;
   if (exact.empty()) {
     ++score->agree;
@@ -51,13 +59,16 @@ void Judge(std::span<const float> logits, std::span<const float> exact, TokenId 
 class Run {
  public:
   Run(LlamaModel* model, const KvCache& kv_cache, int parallel, int max_positions, Sequences sequences,
-      int first)
+      int first, int recall_tokens, size_t block_bytes)
       : model_(model),
         kv_cache_(kv_cache),
         sequences_(sequences),
         first_(first),
+        block_bytes_(static_cast<int64_t>(block_bytes)),
         vocab_(static_cast<size_t>(model->config().vocab_size)),
-        scheduler_(Options(*model, kv_cache, parallel, max_positions)) {}
+        scheduler_(Options(*model, kv_cache, parallel, max_positions)) {
+    for (const auto& ids : sequences) distances_.push_back(RecallDistances(ids, recall_tokens));
+  }
 
   // `references`: one per sequence; written where `exact`, else read.
   absl::StatusOr<std::vector<Score>> operator()(const std::shared_ptr<const CompressionPlan>& plan,
@@ -117,7 +128,7 @@ class Run {
       Sequence* const s = entry.sequence;
       if (s->position() < s->prompt_tokens()) continue;
       Score& score = scores_[s->id()];
-      score.held_bytes = s->held_blocks() * static_cast<int64_t>(kv_cache_.block_bytes());
+      score.held_bytes = s->held_blocks() * block_bytes_;
       score.exact_bytes = ExactBytes(s->prompt_tokens());
       scheduler_.Finish(s, FinishReason::kLength);
     }
@@ -140,12 +151,13 @@ class Run {
       if (position < first_) continue;
       const std::span<const float> values = logits.subspan(row * vocab_, vocab_);
       const auto judged = static_cast<size_t>(position - first_);
+      const int distance = distances_[index][static_cast<size_t>(position)];
       if (exact_) {
         Keep(values, judged, &reference);
-        Judge(values, {}, ids[static_cast<size_t>(position) + 1], &scores_[index]);
+        Judge(values, {}, ids[static_cast<size_t>(position) + 1], distance, &scores_[index]);
       } else {
         Judge(values, std::span<const float>(reference).subspan(judged * vocab_, vocab_),
-              ids[static_cast<size_t>(position) + 1], &scores_[index]);
+              ids[static_cast<size_t>(position) + 1], distance, &scores_[index]);
       }
     }
   }
@@ -161,8 +173,10 @@ class Run {
   const KvCache& kv_cache_;
   const Sequences sequences_;
   const int first_;
+  const int64_t block_bytes_;
   const size_t vocab_;
   Scheduler scheduler_;
+  std::vector<std::vector<int>> distances_;  // [sequences][positions]
   std::vector<Score> scores_;
   std::vector<Reference>* references_ = nullptr;
   bool exact_ = false;
@@ -196,6 +210,23 @@ void Score::Add(const Score& other) {
   tokens += other.tokens;
   held_bytes += other.held_bytes;
   exact_bytes += other.exact_bytes;
+  for (size_t i = 0; i < recall.size(); ++i) {
+    recall[i].right += other.recall[i].right;
+    recall[i].tokens += other.recall[i].tokens;
+  }
+}
+
+std::vector<int> RecallDistances(std::span<const TokenId> ids, int tokens) {
+  std::vector<int> distances(ids.size(), 0);
+  std::map<std::vector<TokenId>, int> last;  // where those tokens ended, most recently
+  for (int p = tokens - 1; p + 1 < static_cast<int>(ids.size()); ++p) {
+    const auto context = ids.subspan(static_cast<size_t>(p - tokens + 1), static_cast<size_t>(tokens));
+    int& before = last.try_emplace({context.begin(), context.end()}, -1).first->second;
+    if (before >= 0 && ids[static_cast<size_t>(before) + 1] == ids[static_cast<size_t>(p) + 1])
+      distances[static_cast<size_t>(p)] = p - before;
+    before = p;
+  }
+  return distances;
 }
 
 ModelLimits EvaluationLimits(const LlamaConfig& config) {
@@ -209,7 +240,7 @@ ModelLimits EvaluationLimits(const LlamaConfig& config) {
 
 absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend, const KvCache::Shape& shape,
                                             std::span<const std::vector<TokenId>> sequences, int first,
-                                            std::span<const EvaluationCase> cases,
+                                            std::span<const EvaluationCase> cases, int recall_tokens,
                                             const std::function<void(int, int)>& progress) {
   size_t longest = 2;
   for (const auto& ids : sequences) longest = std::max(longest, ids.size());
@@ -234,7 +265,9 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
     for (size_t c = 0; c < totals.size(); ++c) {
       const bool exact = c == 0;
       if (!exact && cases[c - 1].prepare) cases[c - 1].prepare();
-      Run run(model, *kv_cache, parallel, tokens, part, first);
+      const size_t block_bytes =
+          exact || cases[c - 1].block_bytes == 0 ? kv_cache->pool().exact->bytes() : cases[c - 1].block_bytes;
+      Run run(model, *kv_cache, parallel, tokens, part, first, recall_tokens, block_bytes);
       absl::StatusOr<std::vector<Score>> scores =
           run(exact ? nullptr : cases[c - 1].plan, exact, &references);
       if (!scores.ok()) return scores.status();

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "cli/load_progress.h"
 #include "kernels/backend_factory.h"
@@ -85,7 +86,8 @@ size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t s
 
 size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded) {
   if (config.kv_cache.memory_bytes > 0) return static_cast<size_t>(config.kv_cache.memory_bytes);
-  const double available = static_cast<double>(AvailableMemoryBytes());
+  const size_t on_device = loaded.backend->FreeMemoryBytes();
+  const double available = static_cast<double>(on_device > 0 ? on_device : AvailableMemoryBytes());
   const auto share = static_cast<size_t>(available * config.kv_cache.memory_fraction);
   return std::min(share, KvBytes(config.kv_cache, loaded, config.scheduler.max_running_requests,
                                  loaded.max_context_tokens));
@@ -96,8 +98,8 @@ namespace {
 // Fills in what is compressed, and the most blocks that one sequence can hold.
 absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const LlamaConfig& model = loaded->model->config();
-  absl::StatusOr<CompressionChoice> choice =
-      ChooseCompression(config.atp, config.model.path, model, config.kv_cache.block_tokens);
+  absl::StatusOr<CompressionChoice> choice = ChooseCompression(
+      config.atp, config.model.path, model, config.kv_cache.block_tokens, loaded->kv_format);
   if (!choice.ok()) return choice.status();
   loaded->compression = *std::move(choice);
   const int context = loaded->max_context_tokens;
@@ -125,7 +127,8 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config,
   options.kv_format = loaded->kv_format;
   options.prefix_cache = config.kv_cache.prefix_cache;
   options.compression = loaded->compression.settings;
-  options.override_settings = OverrideSettings(config, loaded->model->config(), loaded->compression);
+  options.override_settings =
+      OverrideSettings(config, loaded->model->config(), loaded->kv_format, loaded->compression);
   options.max_batch_tokens = config.scheduler.max_batch_tokens;
   options.max_prefill_chunk_tokens = config.scheduler.max_prefill_chunk_tokens;
   options.max_running_sequences = config.scheduler.max_running_requests;
@@ -156,8 +159,8 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
   }
   if (engine.plan() == nullptr) {
     spdlog::info(
-        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --ratio {:g}\"",
-        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").ratio);
+        "atp=exact kv_tokens_exact={} calibrate_with=\"atp calibrate --model {} --text FILE --bytes {:g}\"",
+        engine.kv_cache().token_capacity(), model_dir, BudgetOf("balanced").share);
     return;
   }
   const CompressionSettings& settings = choice.settings;
@@ -165,7 +168,7 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
       "atp={} ratio={:g} bits={} budgets={} segment_tokens={} window_tokens={} max_principal_keys={} "
       "kv_tokens_exact={} "
       "kv_tokens_compressed={} context_tokens={}",
-      choice.preset, choice.ratio, settings.bits,
+      choice.preset, choice.ratio, settings.head_bits.empty() ? absl::StrCat(settings.bits) : "per_head",
       choice.budgets_file.empty() ? "uniform" : choice.budgets_file, settings.segment_tokens,
       settings.window_tokens, settings.max_principal_keys, engine.kv_cache().token_capacity(),
       CompressedTokens(engine, choice.peak_blocks, loaded.max_context_tokens), loaded.max_context_tokens);
@@ -173,8 +176,9 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
     spdlog::warn(
         "all kv heads are compressed alike, which loses recall on many models: run atp calibrate --model {} "
         "--text "
-        "FILE --ratio {:g}",
-        model_dir, choice.ratio);
+        "FILE --bytes {:g}",
+        model_dir,
+        choice.preset == "ratio" ? choice.ratio * settings.bits / 16 : BudgetOf(choice.preset).share);
   }
 }
 

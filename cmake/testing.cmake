@@ -38,6 +38,10 @@ function(atp_python_test name script)
     return()  # the binary does not have ATP_GRPC_SYNC, and should not: it would report what gRPC does
   endif()
   add_test(NAME ${name} COMMAND ${ATP_PYTHON} ${CMAKE_CURRENT_SOURCE_DIR}/${script} ${ARGN})
-  set_tests_properties(${name} PROPERTIES TIMEOUT 600 SKIP_RETURN_CODE 77
+  set(timeout 600)
+  if(ATP_SANITIZE)
+    set(timeout 1800)
+  endif()
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${timeout} SKIP_RETURN_CODE 77
     ENVIRONMENT "ATP_BINARY=$<TARGET_FILE:atp>;ATP_SOURCE_DIR=${CMAKE_SOURCE_DIR};ATP_BUILD_DIR=${CMAKE_BINARY_DIR}")
 endfunction()

@@ -13,7 +13,7 @@ BlockTable::BlockTable(int layers, int kv_heads)
 void BlockTable::AppendExact(std::span<const BlockId> ids) {
   ABSL_ASSERT(ids.size() == exact_.size());
   for (size_t i = 0; i < ids.size(); ++i) {
-    exact_[i].push_back(ids[i]);
+    exact_[i].push_back(ids[i] * kBlockParts);
     heads_[i].exact = exact_[i].data();  // push_back may have moved it
   }
   ++exact_blocks_;
@@ -25,26 +25,31 @@ void BlockTable::DropExact(int blocks) {
   exact_blocks_ -= blocks;
 }
 
-void BlockTable::AppendPrincipal(std::span<const BlockId> ids, std::span<const int32_t> blocks) {
-  ABSL_ASSERT(blocks.size() == principal_.size());
-  auto next = ids.begin();
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    principal_[i].insert(principal_[i].end(), next, next + blocks[i]);
-    next += blocks[i];
+void BlockTable::AppendPrincipal(std::span<const BlockId> ids, std::span<const int32_t> pages,
+                                 std::span<const int32_t> places) {
+  ABSL_ASSERT(pages.size() == principal_.size());
+  auto place = places.begin();
+  for (size_t i = 0; i < pages.size(); ++i) {
+    for (int32_t p = 0; p < pages[i]; ++p) principal_[i].push_back(PageId(ids, *place++));
     heads_[i].principal = principal_[i].data();
   }
-  ABSL_ASSERT(next == ids.end());
+  ABSL_ASSERT(place == places.end());
 }
 
-void BlockTable::ShowPrincipal(std::span<const int32_t> blocks) {
-  for (size_t i = 0; i < blocks.size(); ++i)
-    heads_[i].principal_entries += blocks[i] * heads_[i].principal_page->entries();
+void BlockTable::SetQueries(std::span<const BlockId> ids) {
+  queries_.clear();
+  for (const BlockId id : ids) queries_.push_back(id * kBlockParts);
 }
 
-void BlockTable::DropPrincipal(std::span<const int32_t> blocks) {
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    principal_[i].erase(principal_[i].begin(), principal_[i].begin() + blocks[i]);
-    heads_[i].principal_entries -= blocks[i] * heads_[i].principal_page->entries();
+void BlockTable::ShowPrincipal(std::span<const int32_t> pages) {
+  for (size_t i = 0; i < pages.size(); ++i)
+    heads_[i].principal_entries += pages[i] * heads_[i].principal_page->entries();
+}
+
+void BlockTable::DropPrincipal(std::span<const int32_t> pages) {
+  for (size_t i = 0; i < pages.size(); ++i) {
+    principal_[i].erase(principal_[i].begin(), principal_[i].begin() + pages[i]);
+    heads_[i].principal_entries -= pages[i] * heads_[i].principal_page->entries();
     ABSL_ASSERT(heads_[i].principal_entries >= 0);
   }
 }

@@ -28,32 +28,33 @@ absl::Status Wrong(const std::string& source, const std::string& what) {
 }
 
 // "a number in (0, 1]" and the like, where `value` is not one; else empty.
-std::string WrongRange(const std::string& key, double value) {
+std::string WrongRange(std::string_view key, double value) {
+  if (key == "bits") return value == 16 || value == 8 || value == 4 ? "" : "16, 8 or 4";
   if (key == "ratio" ? value > 0 && value <= 1 : value >= 0 && std::isfinite(value)) return "";
   return key == "ratio" ? "a number in (0, 1]" : "a number that is not negative";
 }
 
-absl::StatusOr<std::vector<double>> ParseTable(const nlohmann::json& table, const std::string& key,
+absl::StatusOr<std::vector<double>> ParseTable(const nlohmann::json& table, std::string_view key,
                                                const std::string& source, int layers, int kv_heads) {
   const auto size = [](const nlohmann::json& j) {
     return j.is_array() ? absl::StrCat("an array of ", j.size()) : std::string(j.type_name());
   };
   if (!table.is_array() || table.size() != static_cast<size_t>(layers)) {
-    return Wrong(source,
-                 absl::StrCat(key, ": expected an array of ", layers, " layers, found ", size(table)));
+    return Wrong(source, absl::StrCat(std::string(key), ": expected an array of ", layers, " layers, found ",
+                                      size(table)));
   }
   std::vector<double> values;
   for (size_t l = 0; l < table.size(); ++l) {
     if (!table[l].is_array() || table[l].size() != static_cast<size_t>(kv_heads)) {
-      return Wrong(source, absl::StrCat(key, "[", l, "]: expected an array of ", kv_heads,
+      return Wrong(source, absl::StrCat(std::string(key), "[", l, "]: expected an array of ", kv_heads,
                                         " kv heads, found ", size(table[l])));
     }
     for (size_t h = 0; h < table[l].size(); ++h) {
       const nlohmann::json& value = table[l][h];
       const std::string wanted = WrongRange(key, value.is_number() ? value.get<double>() : -1.0);
       if (!wanted.empty()) {
-        return Wrong(source, absl::StrCat(key, "[", l, "][", h, "]: expected ", wanted, ", found ",
-                                          value.is_primitive() ? value.dump() : size(value)));
+        return Wrong(source, absl::StrCat(std::string(key), "[", l, "][", h, "]: expected ", wanted,
+                                          ", found ", value.is_primitive() ? value.dump() : size(value)));
       }
       values.push_back(value.get<double>());
     }
@@ -61,13 +62,51 @@ absl::StatusOr<std::vector<double>> ParseTable(const nlohmann::json& table, cons
   return values;
 }
 
-nlohmann::ordered_json Table(std::span<const double> values, int kv_heads) {
+// The optional tables of the file, by key.
+struct OptionalTable {
+  std::string_view key;
+  std::vector<double> CompressionBudgets::*values;
+};
+constexpr OptionalTable kSensitivities[] = {
+    {"sensitivity", &CompressionBudgets::sensitivity},
+    {"sensitivity_half", &CompressionBudgets::sensitivity_half},
+    {"sensitivity_quarter", &CompressionBudgets::sensitivity_quarter},
+    {"sensitivity_eighth", &CompressionBudgets::sensitivity_eighth},
+    {"sensitivity_4_bits", &CompressionBudgets::sensitivity_4_bits},
+};
+
+template <class T>
+nlohmann::ordered_json Table(const std::vector<T>& values, int kv_heads) {
   nlohmann::ordered_json table = nlohmann::ordered_json::array();
   for (size_t i = 0; i < values.size(); i += static_cast<size_t>(kv_heads)) {
-    table.push_back(std::vector<double>(values.begin() + static_cast<ptrdiff_t>(i),
-                                        values.begin() + static_cast<ptrdiff_t>(i) + kv_heads));
+    table.push_back(std::vector<T>(values.begin() + static_cast<ptrdiff_t>(i),
+                                   values.begin() + static_cast<ptrdiff_t>(i) + kv_heads));
   }
   return table;
+}
+
+absl::Status CheckKeys(const nlohmann::json& file, const std::string& source) {
+  std::string known = "ratio, bits";
+  for (const OptionalTable& table : kSensitivities) absl::StrAppend(&known, ", ", std::string(table.key));
+  for (const auto& [key, value] : file.items()) {
+    const std::string& name = key;  // a structured binding cannot be captured
+    if (name == "ratio" || name == "bits" ||
+        std::any_of(std::begin(kSensitivities), std::end(kSensitivities),
+                    [&name](const OptionalTable& table) { return table.key == name; }))
+      continue;
+    return Wrong(source,
+                 absl::StrCat(nlohmann::json(name).dump(-1, ' ', true), ": no such key; there are ", known));
+  }
+  if (!file.contains("ratio")) return Wrong(source, "ratio: missing");
+  const auto is_curve = [](const OptionalTable& table) { return table.key != "sensitivity"; };
+  const auto missing = [&](const OptionalTable& table) { return !file.contains(std::string(table.key)); };
+  const auto* first_missing = std::find_if(std::begin(kSensitivities), std::end(kSensitivities), missing);
+  const bool curves = std::any_of(std::begin(kSensitivities), std::end(kSensitivities),
+                                  [&](const OptionalTable& t) { return is_curve(t) && !missing(t); });
+  if (curves && first_missing != std::end(kSensitivities))
+    return Wrong(source,
+                 absl::StrCat(std::string(first_missing->key), ": missing beside the other sensitivities"));
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -136,26 +175,28 @@ absl::StatusOr<CompressionBudgets> ParseCompressionBudgets(std::string_view json
   const nlohmann::json file = nlohmann::json::parse(json.begin(), json.end(), nullptr, /*exceptions=*/false);
   if (file.is_discarded()) return Wrong(source, "not JSON");
   if (!file.is_object()) {
-    return Wrong(source, absl::StrCat("expected an object with ratio and sensitivity, found ",
+    return Wrong(source, absl::StrCat("expected an object with ratio, bits and sensitivity, found ",
                                       std::string(file.type_name())));
   }
-  for (const auto& [key, value] : file.items()) {
-    if (key == "ratio" || key == "sensitivity") continue;
-    return Wrong(source, absl::StrCat(nlohmann::json(key).dump(-1, ' ', true),
-                                      ": no such key; there are ratio and sensitivity"));
-  }
-  if (!file.contains("ratio")) return Wrong(source, "ratio: missing");
+  if (absl::Status s = CheckKeys(file, source); !s.ok()) return s;
   CompressionBudgets budgets;
   budgets.layers = layers;
   budgets.kv_heads = kv_heads;
   absl::StatusOr<std::vector<double>> ratio = ParseTable(file["ratio"], "ratio", source, layers, kv_heads);
   if (!ratio.ok()) return ratio.status();
   budgets.ratio = *std::move(ratio);
-  if (!file.contains("sensitivity")) return budgets;
-  absl::StatusOr<std::vector<double>> sensitivity =
-      ParseTable(file["sensitivity"], "sensitivity", source, layers, kv_heads);
-  if (!sensitivity.ok()) return sensitivity.status();
-  budgets.sensitivity = *std::move(sensitivity);
+  if (file.contains("bits")) {
+    absl::StatusOr<std::vector<double>> bits = ParseTable(file["bits"], "bits", source, layers, kv_heads);
+    if (!bits.ok()) return bits.status();
+    budgets.bits.assign(bits->begin(), bits->end());
+  }
+  for (const OptionalTable& table : kSensitivities) {
+    const std::string key(table.key);
+    if (!file.contains(key)) continue;
+    absl::StatusOr<std::vector<double>> values = ParseTable(file[key], key, source, layers, kv_heads);
+    if (!values.ok()) return values.status();
+    budgets.*table.values = *std::move(values);
+  }
   return budgets;
 }
 
@@ -174,7 +215,11 @@ absl::StatusOr<CompressionBudgets> LoadCompressionBudgets(const std::string& pat
 
 absl::Status SaveCompressionBudgets(const CompressionBudgets& budgets, const std::string& path) {
   nlohmann::ordered_json json = {{"ratio", Table(budgets.ratio, budgets.kv_heads)}};
-  if (!budgets.sensitivity.empty()) json["sensitivity"] = Table(budgets.sensitivity, budgets.kv_heads);
+  if (!budgets.bits.empty()) json["bits"] = Table(budgets.bits, budgets.kv_heads);
+  for (const OptionalTable& table : kSensitivities) {
+    const std::vector<double>& values = budgets.*table.values;
+    if (!values.empty()) json[std::string(table.key)] = Table(values, budgets.kv_heads);
+  }
   const std::string draft = path + ".tmp";
   {
     std::ofstream file(draft, std::ios::binary | std::ios::trunc);

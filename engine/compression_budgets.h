@@ -1,7 +1,7 @@
 // How a mean ratio of compression is shared among kv heads: a few heads find one earlier token and copy from
 // it, and must keep their keys; most do not mind. `atp calibrate` measures that, a JSON file beside the model
 // keeps it:
-//   {"ratio": [[one number per kv head] per layer], "sensitivity": the same shape}
+//   {"ratio": [[one number per kv head] per layer], "bits": the same shape, "sensitivity": ...}
 #ifndef ATP_ENGINE_COMPRESSION_BUDGETS_H_
 #define ATP_ENGINE_COMPRESSION_BUDGETS_H_
 
@@ -23,11 +23,16 @@ struct CompressionBudgets {
   int layers = 0;
   int kv_heads = 0;
   std::vector<double> ratio;  // [layers * kv_heads], layer-major, each in (0, 1]
+  std::vector<int> bits;      // per element of each head's entries: 16, 8 or 4; empty: the same for all heads
   // KL(exact || compressed) in nats per token when this head alone is compressed to kSensitivityRatio. Empty:
   // the file has none, and its ratios serve their own mean only.
   std::vector<double> sensitivity;
+  // The same at ratios of 1/2, 1/4 and 1/8, and with all entries at 4 bits; all of them or none.
+  std::vector<double> sensitivity_half, sensitivity_quarter, sensitivity_eighth, sensitivity_4_bits;
 
   double MeanRatio() const;
+  // Whether SpendBytes() can share any number of bytes.
+  bool has_curves() const { return !sensitivity_4_bits.empty() && !sensitivity.empty(); }
 };
 
 // Ratios that minimise Σ S (1/r)^p, p = 1.5, for a given mean: r ∝ S^(1/(p+1)), clipped to [1/32, 1]. A mean

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -19,7 +20,11 @@ uint64_t Mix(uint64_t x) {
 }
 
 // Changes with everything that changes what a fit makes of the same tokens and settings.
-constexpr uint64_t kFormatVersion = 1;
+constexpr uint64_t kFormatVersion = 2;
+
+// Backends work on this many entries at once, so pages hold multiples of it.
+constexpr int kSliceEntries = 16;
+constexpr size_t kPageAlignment = 64;  // of KvPage::bytes()
 
 int CeilDiv(int a, int b) { return (a + b - 1) / b; }
 
@@ -29,26 +34,25 @@ bool HasIntegers(const CompressionSettings& settings) {
                      [](int bits) { return bits < 16; });
 }
 
-std::optional<KvPage> PageOf(const CompressionShape& shape, int bits) {
-  if (shape.block_bytes == 0) return PrincipalPage(shape.format, shape.block_tokens, shape.head_dim, bits);
-  return PrincipalPageWithin(shape.block_bytes, shape.format, shape.block_tokens, shape.head_dim, bits);
-}
-
 }  // namespace
 
-KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits) {
+KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts) {
   const KvFormat wanted = bits == 8 ? KvFormat::kInt8 : bits == 4 ? KvFormat::kInt4 : exact;
   const KvFormat format = BitsOf(wanted) < BitsOf(exact) ? wanted : exact;
-  return KvPage(format, block_tokens * (BitsOf(exact) / BitsOf(format)), head_dim, /*with_log_mass=*/true);
+  const int entries = block_tokens * (BitsOf(exact) / BitsOf(format));
+  return KvPage(format, entries * parts / kBlockParts, head_dim, /*with_log_mass=*/true);
 }
 
 std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
-                                          int bits) {
-  const KvPage whole = PrincipalPage(exact, block_tokens, head_dim, bits);
-  if (whole.bytes() <= block_bytes) return whole;
-  for (int entries = (whole.entries() - 1) / 16 * 16; entries > 0; entries -= 16) {
-    const KvPage page(whole.format(), entries, head_dim, /*with_log_mass=*/true);
-    if (page.bytes() <= block_bytes) return page;
+                                          int bits, int parts) {
+  const size_t room = block_bytes * static_cast<size_t>(parts) / kBlockParts;
+  if (parts < kBlockParts && room % kPageAlignment != 0) return std::nullopt;
+  const KvPage block = PrincipalPage(exact, block_tokens, head_dim, bits);
+  if (parts == kBlockParts && block.bytes() <= room) return block;
+  for (int entries = block.entries() * parts / kBlockParts / kSliceEntries * kSliceEntries; entries > 0;
+       entries -= kSliceEntries) {
+    const KvPage page(block.format(), entries, head_dim, /*with_log_mass=*/true);
+    if (page.bytes() <= room) return page;
   }
   return std::nullopt;
 }
@@ -56,9 +60,20 @@ std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, in
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
                             int head_dim) {
   size_t bytes = PrincipalPage(exact, block_tokens, head_dim, 16).bytes();
-  for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits)
-    bytes = std::max(bytes, PrincipalPage(exact, block_tokens, head_dim, bits).bytes());
-  return bytes;
+  int least = kBlockParts;
+  for (const int bits : settings.head_bits.empty() ? std::vector<int>{settings.bits} : settings.head_bits) {
+    const int entries = PrincipalPage(exact, block_tokens, head_dim, bits).entries();
+    for (int parts = kBlockParts;
+         parts == kBlockParts || entries * parts % (kBlockParts * kSliceEntries) == 0; parts /= 2) {
+      const size_t page = PrincipalPage(exact, block_tokens, head_dim, bits, parts).bytes();
+      bytes = std::max(bytes, page * static_cast<size_t>(kBlockParts / parts));
+      least = std::min(least, parts);
+      if (parts == 1) break;
+    }
+  }
+  // Every part that a page may begin at is as well aligned as a block.
+  const size_t unit = kPageAlignment * static_cast<size_t>(kBlockParts / least);
+  return (bytes + unit - 1) / unit * unit;
 }
 
 bool Compresses(const CompressionSettings& settings) {
@@ -75,43 +90,75 @@ CompressionPlan::CompressionPlan(const CompressionSettings& settings, const Comp
       counts_(std::move(counts)),
       samples_(std::min(kPrincipalSamples, settings.segment_tokens)),
       first_replacing_(std::numeric_limits<int>::max()) {
-  std::vector<int> page_bits;
-  for (const int b : bits) {
-    const auto known = std::find(page_bits.begin(), page_bits.end(), b);
-    head_page_.push_back(static_cast<int>(known - page_bits.begin()));
-    if (known != page_bits.end()) continue;
-    page_bits.push_back(b);
-    pages_.push_back(*PageOf(shape, b));
-  }
   // The first segment k with (k + 1) · count > cap in some head.
   const int largest = *std::max_element(counts_.begin(), counts_.end());
   if (settings.max_principal_keys > 0) first_replacing_ = settings.max_principal_keys / largest;
-  AddLevel(0);
-  if (settings.max_principal_keys > 0) {
-    const int segments = shape.max_positions / settings.segment_tokens + 1;
-    const int least = *std::min_element(counts_.begin(), counts_.end());
-    const int saturated = CeilDiv(settings.max_principal_keys, least);
-    for (int k = first_replacing_; k <= std::max(first_replacing_, std::min(saturated, segments)); ++k)
-      AddLevel(k);
-  }
+  ChoosePages(bits);
   id_ = Hash();
 }
 
-void CompressionPlan::AddLevel(int segment) {
-  const bool replaces = segment >= first_replacing_ && total_group_blocks_.size() > 0;
-  int blocks = 0;
-  int64_t entries = 0;
+std::vector<int32_t> CompressionPlan::LevelEntries(int32_t count) const {
+  std::vector<int32_t> entries = {count};
+  const int cap = settings_.max_principal_keys;
+  if (cap == 0) return entries;
+  const int segments = shape_.max_positions / settings_.segment_tokens + 1;
+  const int saturated = CeilDiv(cap, *std::min_element(counts_.begin(), counts_.end()));
+  for (int k = first_replacing_; k <= std::max(first_replacing_, std::min(saturated, segments)); ++k)
+    entries.push_back(std::min<int32_t>(cap, (k + 1) * count));
+  return entries;
+}
+
+void CompressionPlan::ChoosePages(const std::vector<int>& bits) {
+  std::vector<std::pair<int, int>> known;     // bits and parts of pages_
+  std::vector<std::vector<int32_t>> entries;  // [heads][levels]
   for (size_t head = 0; head < counts_.size(); ++head) {
-    const int32_t count = counts_[head];
-    const int32_t group =
-        replaces ? std::min<int32_t>(settings_.max_principal_keys, (segment + 1) * count) : count;
-    group_entries_.push_back(group);
-    group_blocks_.push_back(CeilDiv(group, Page(static_cast<int>(head))->entries()));
-    entries += group;
-    blocks += group_blocks_.back();
+    entries.push_back(LevelEntries(counts_[head]));
+    std::pair<int, int> best;
+    std::optional<KvPage> page;
+    int64_t least = std::numeric_limits<int64_t>::max();
+    for (int parts = kBlockParts; parts > 0; parts /= 2) {
+      const std::optional<KvPage> candidate = PrincipalPageWithin(
+          shape_.block_bytes, shape_.format, shape_.block_tokens, shape_.head_dim, bits[head], parts);
+      if (!candidate) continue;
+      int64_t taken = 0;
+      for (const int32_t e : entries.back()) taken += CeilDiv(e, candidate->entries()) * parts;
+      if (taken < least) least = taken, best = {bits[head], parts}, page = candidate;
+    }
+    const auto found = std::find(known.begin(), known.end(), best);
+    head_page_.push_back(static_cast<int>(found - known.begin()));
+    if (found != known.end()) continue;
+    known.push_back(best);
+    pages_.push_back(*page);
+    page_parts_.push_back(best.second);
   }
-  total_group_blocks_.push_back(blocks);
-  total_group_entries_.push_back(entries);
+  for (size_t level = 0; level < entries.front().size(); ++level) {
+    total_group_entries_.push_back(0);
+    for (size_t head = 0; head < counts_.size(); ++head) {
+      group_entries_.push_back(entries[head][level]);
+      group_pages_.push_back(CeilDiv(entries[head][level], Page(static_cast<int>(head))->entries()));
+      total_group_entries_.back() += entries[head][level];
+    }
+    PlacePages(level);
+  }
+}
+
+// Largest pages first: sizes are powers of two, so each begins at a multiple of its own size, and only the
+// last block has room left.
+void CompressionPlan::PlacePages(size_t level) {
+  const int32_t* const pages = group_pages_.data() + level * counts_.size();
+  std::vector<int32_t> places(static_cast<size_t>(std::accumulate(pages, pages + counts_.size(), 0)));
+  int next = 0;
+  for (int parts = kBlockParts; parts > 0; parts /= 2) {
+    size_t page = 0;
+    for (size_t head = 0; head < counts_.size(); ++head) {
+      const bool mine = page_parts_[head_page_[head]] == parts;
+      for (int32_t i = 0; i < pages[head]; ++i, ++page) {
+        if (mine) places[page] = next, next += parts;
+      }
+    }
+  }
+  group_places_.push_back(std::move(places));
+  total_group_blocks_.push_back(CeilDiv(next, kBlockParts));
 }
 
 uint64_t CompressionPlan::Hash() const {
@@ -123,7 +170,10 @@ uint64_t CompressionPlan::Hash() const {
   add(settings_.max_principal_keys);
   add(samples_);
   for (const int32_t count : counts_) add(count);
-  for (const int page : head_page_) add(static_cast<int64_t>(pages_[page].format()));
+  for (const int page : head_page_) {
+    add(static_cast<int64_t>(pages_[page].format()));
+    add(pages_[page].entries());
+  }
   return hash != 0 ? hash : 1;
 }
 
@@ -202,12 +252,15 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
                                                    " kv heads of ", shape.layers, " layers, found ",
                                                    bits.size()));
   }
+  const size_t block_bytes = shape.block_bytes > 0 ? shape.block_bytes
+                                                   : CompressedBlockBytes(settings, shape.format,
+                                                                          shape.block_tokens, shape.head_dim);
   for (const int b : bits) {
     if (b != 16 && b != 8 && b != 4)
       return absl::InvalidArgumentError(absl::StrCat("atp.bits: expected 16, 8 or 4, found ", b));
-    if (!PageOf(shape, b)) {
+    if (!PrincipalPageWithin(block_bytes, shape.format, shape.block_tokens, shape.head_dim, b)) {
       return absl::InvalidArgumentError(
-          absl::StrCat("atp.bits: the server's KV blocks of ", shape.block_bytes,
+          absl::StrCat("atp.bits: the server's KV blocks of ", block_bytes,
                        " bytes are made for exact entries and have no room for compressed ones of ", b,
                        " bits; take fewer bits"));
     }
@@ -216,8 +269,10 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
                           std::any_of(counts.begin(), counts.end(),
                                       [&](int32_t count) { return count < settings.segment_tokens; });
   if (!compresses) return std::shared_ptr<const CompressionPlan>();
+  CompressionShape sized = shape;
+  sized.block_bytes = block_bytes;
   return std::shared_ptr<const CompressionPlan>(
-      new CompressionPlan(settings, shape, std::move(counts), bits));
+      new CompressionPlan(settings, sized, std::move(counts), bits));
 }
 
 }  // namespace atp

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/block_table.h"
 #include "kernels/kv_page.h"
 
 namespace atp {
@@ -56,14 +57,15 @@ struct CompressionShape {
       0;  // that a page must fit into; 0: blocks are made for the plan (CompressedBlockBytes)
 };
 
-// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries: as
-// many more entries as the elements are smaller. bits: 16 (as exact ones), 8 or 4, but never more than exact
-// ones have.
-KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits);
-// The same with fewer entries, a multiple of 16, where a block of `block_bytes` has no room for that many:
-// such as an exact one, which leaves none for scales and log masses. None where not even 16 fit.
+// The page of principal entries with `bits` per element beside exact blocks of `block_tokens` entries, in
+// `parts` of the kBlockParts that a block has: as many more entries as the elements are smaller. bits: 16 (as
+// exact ones), 8 or 4, but never more than exact ones have; parts: a power of two that leaves whole slices of
+// 16 entries.
+KvPage PrincipalPage(KvFormat exact, int block_tokens, int head_dim, int bits, int parts = kBlockParts);
+// The same with fewer entries, a multiple of 16, where `parts` of a block of `block_bytes` have no room for
+// that many: an exact block leaves none for scales and log masses. None where not even 16 fit.
 std::optional<KvPage> PrincipalPageWithin(size_t block_bytes, KvFormat exact, int block_tokens, int head_dim,
-                                          int bits);
+                                          int bits, int parts = kBlockParts);
 // Bytes of a block that holds any page of a plan with these settings, and the exact one.
 size_t CompressedBlockBytes(const CompressionSettings& settings, KvFormat exact, int block_tokens,
                             int head_dim);
@@ -75,6 +77,8 @@ class CompressionPlan {
   int block_tokens() const { return shape_.block_tokens; }
   int blocks_per_segment() const { return settings_.segment_tokens / shape_.block_tokens; }
   const CompressionSettings& settings() const { return settings_; }
+  // Of the blocks that the plan's pages are made for: at least this.
+  size_t block_bytes() const { return shape_.block_bytes; }
   // Not 0. Plans with the same id compress in the same way, so their blocks may be shared.
   uint64_t id() const { return id_; }
 
@@ -96,19 +100,22 @@ class CompressionPlan {
   bool Replaces(int segment) const { return segment >= first_replacing_; }
   // First segment whose group belongs to state `segment`.
   int StateBegin(int segment) const { return Replaces(segment) ? segment : 0; }
-  // Entries and blocks of segment `segment`'s group (padding is not counted as entries). [heads]
+  // Entries and pages of segment `segment`'s group (padding is not counted as entries). [heads]
   std::span<const int32_t> GroupEntries(int segment) const { return Row(group_entries_, segment); }
-  std::span<const int32_t> GroupBlocks(int segment) const { return Row(group_blocks_, segment); }
+  std::span<const int32_t> GroupPages(int segment) const { return Row(group_pages_, segment); }
+  // Where the group's pages lie in its blocks, layer-major: in parts of a block, from the group's first one.
+  // A head with few entries takes a part of a block, and shares it with other heads.
+  std::span<const int32_t> GroupPlaces(int segment) const { return group_places_[Level(segment)]; }
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
-  // How the principal entries of a head are laid out; lives as long as the plan. Blocks are of one size, so a
-  // page of smaller elements holds more entries.
+  // How the principal entries of a head are laid out; lives as long as the plan. Of all pages of the head's
+  // format that one in which its groups take the least room, and of those the largest.
   const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
   std::span<const KvPage> pages() const { return pages_; }
-  // Blocks of state `segment` in one head; 0 for segment -1, before the first.
-  int StateBlocks(int segment, int head) const {
+  // Pages of state `segment` in one head; 0 for segment -1, before the first.
+  int StatePages(int segment, int head) const {
     if (segment < 0) return 0;
-    return Replaces(segment) ? GroupBlocks(segment)[head] : (segment + 1) * GroupBlocks(segment)[head];
+    return Replaces(segment) ? GroupPages(segment)[head] : (segment + 1) * GroupPages(segment)[head];
   }
   // Entries that a fit always keeps: the sinks, which lead the first segment and every state.
   int ForcedEntries(int segment) const {
@@ -150,19 +157,24 @@ class CompressionPlan {
   std::span<const int32_t> Row(const std::vector<int32_t>& table, int segment) const {
     return {table.data() + Level(segment) * counts_.size(), counts_.size()};
   }
-  void AddLevel(int segment);
+  // Entries of one head in the groups of all levels.
+  std::vector<int32_t> LevelEntries(int32_t count) const;
+  void ChoosePages(const std::vector<int>& bits);
+  void PlacePages(size_t level);
   uint64_t Hash() const;
 
   CompressionSettings settings_;
   CompressionShape shape_;
   std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
-  std::vector<KvPage> pages_;    // of the formats in use
+  std::vector<KvPage> pages_;    // of the formats and sizes in use
+  std::vector<int> page_parts_;  // of a block, for each of them
   std::vector<int> head_page_;   // [heads], index into pages_
   int samples_;
-  int first_replacing_;                  // segment; beyond every position without a cap
-  std::vector<int32_t> group_entries_;   // [levels, heads]
-  std::vector<int32_t> group_blocks_;    // [levels, heads]
-  std::vector<int> total_group_blocks_;  // [levels]
+  int first_replacing_;                             // segment; beyond every position without a cap
+  std::vector<int32_t> group_entries_;              // [levels, heads]
+  std::vector<int32_t> group_pages_;                // [levels, heads]
+  std::vector<std::vector<int32_t>> group_places_;  // [levels][pages]
+  std::vector<int> total_group_blocks_;             // [levels]
   std::vector<int64_t> total_group_entries_;
   uint64_t id_;
 };

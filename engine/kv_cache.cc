@@ -90,7 +90,7 @@ absl::StatusOr<KvCache> KvCache::Create(Backend* backend, const Shape& shape, si
         "kv_cache.memory_bytes: expected at least ", heads * block_bytes, " (one block of ", block_bytes,
         " bytes for each of ", heads, " heads), found ", memory_bytes, "; raise kv_cache.memory_bytes"));
   }
-  const size_t num_blocks = std::min<size_t>(wanted, std::numeric_limits<BlockId>::max());
+  const size_t num_blocks = std::min<size_t>(wanted, std::numeric_limits<BlockId>::max() / kBlockParts);
   absl::StatusOr<Buffer> memory = backend->Allocate(num_blocks * block_bytes);
   if (!memory.ok()) {
     return absl::Status(memory.status().code(), absl::StrCat("kv cache: ", memory.status().message(),

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "engine/block_table.h"
 #include "engine/llama_config.h"
 #include "kernels/backend.h"
 
@@ -38,7 +39,8 @@ class KvCache {
   size_t block_bytes() const { return block_bytes_; }
   // Exact tokens that the whole pool holds.
   int64_t token_capacity() const { return num_blocks_ / shape_.heads_total() * shape_.block_tokens; }
-  KvPool pool() const { return {memory_.data(), block_bytes_, &page_}; }
+  // As block tables address it: in parts of a block.
+  KvPool pool() const { return {memory_.data(), block_bytes_ / kBlockParts, &page_}; }
   // How the queries of a segment that will be compressed are kept until it closes.
   const QueryPage& query_page() const { return query_page_; }
 

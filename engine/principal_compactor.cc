@@ -50,15 +50,15 @@ std::span<const PrincipalFitJob> PrincipalCompactor::Jobs(int layer) {
         table.queries().data() + static_cast<size_t>(layer) * plan.query_blocks_per_layer();
     for (int kv_head = 0; kv_head < kv_heads_; ++kv_head) {
       const int head = layer * kv_heads_ + kv_head;
-      const int blocks = plan.GroupBlocks(c.segment)[head];
+      const int pages = plan.GroupPages(c.segment)[head];
       PrincipalFitJob job;
       // The group of the closing segment is the last one in the table, and the state before it ends there.
       const std::span<const BlockId> principal = table.principal(head);
-      job.out = principal.data() + principal.size() - blocks;
+      job.out = principal.data() + principal.size() - pages;
       job.count = plan.GroupEntries(c.segment)[head];
       job.page = plan.Page(head);
       if (plan.Replaces(c.segment)) {
-        const int state = plan.StateBlocks(c.segment - 1, head);
+        const int state = plan.StatePages(c.segment - 1, head);
         job.principal = job.out - state;
         job.principal_entries = state * plan.Page(head)->entries();
       }

@@ -40,7 +40,7 @@ bool Scheduler::TakeBlocks(Sequence* s, int rows) {
   if (ClosesSegment(*s, rows) && held_to == segment) {
     std::optional<BlockGroup> group = AllocateGroup(s->plan_->TotalGroupBlocks(segment));
     if (!group) return false;
-    s->table_->AppendPrincipal(group->ids(), s->plan_->GroupBlocks(segment));
+    s->table_->AppendPrincipal(group->ids(), s->plan_->GroupPages(segment), s->plan_->GroupPlaces(segment));
     s->principal_.push_back(*std::move(group));
   }
   return true;
@@ -90,10 +90,10 @@ void Scheduler::AdvanceWindow(Sequence* s) {
   s->table_->DropExact(blocks);
   s->exact_entries_ -= segments * plan.segment_tokens();
   for (; s->visible_segments_ < visible; ++s->visible_segments_)
-    s->table_->ShowPrincipal(plan.GroupBlocks(s->visible_segments_));
+    s->table_->ShowPrincipal(plan.GroupPages(s->visible_segments_));
   const int first = plan.StateBegin(visible - 1);
   for (; s->first_principal_ < first; ++s->first_principal_) {
-    s->table_->DropPrincipal(plan.GroupBlocks(s->first_principal_));
+    s->table_->DropPrincipal(plan.GroupPages(s->first_principal_));
     s->principal_.erase(s->principal_.begin());
   }
 }
@@ -138,9 +138,9 @@ void Scheduler::RebuildTable(Sequence* s) {
   s->table_->SetQueries(s->queries_.ids());
   for (size_t i = 0; i < s->principal_.size(); ++i) {
     const int segment = s->first_principal_ + static_cast<int>(i);
-    const std::span<const int32_t> blocks = s->plan_->GroupBlocks(segment);
-    s->table_->AppendPrincipal(s->principal_[i].ids(), blocks);
-    if (segment < s->visible_segments_) s->table_->ShowPrincipal(blocks);
+    const std::span<const int32_t> pages = s->plan_->GroupPages(segment);
+    s->table_->AppendPrincipal(s->principal_[i].ids(), pages, s->plan_->GroupPlaces(segment));
+    if (segment < s->visible_segments_) s->table_->ShowPrincipal(pages);
   }
 }
 

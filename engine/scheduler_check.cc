@@ -29,18 +29,19 @@ absl::Status Scheduler::CheckCompression(const Sequence& s) const {
     int seen = 0;
     for (size_t g = 0; g < s.principal_.size(); ++g) {
       const int segment = s.first_principal_ + static_cast<int>(g);
-      const std::span<const int32_t> blocks = plan.GroupBlocks(segment);
+      const std::span<const int32_t> pages = plan.GroupPages(segment);
       int offset = 0;
-      for (int before = 0; before < head; ++before) offset += blocks[before];
-      for (int b = 0; b < blocks[head]; ++b) expected.push_back(s.principal_[g].ids()[offset + b]);
-      if (segment < s.visible_segments_) seen += blocks[head] * plan.Page(head)->entries();
+      for (int before = 0; before < head; ++before) offset += pages[before];
+      for (int p = 0; p < pages[head]; ++p)
+        expected.push_back(PageId(s.principal_[g].ids(), plan.GroupPlaces(segment)[offset + p]));
+      if (segment < s.visible_segments_) seen += pages[head] * plan.Page(head)->entries();
     }
-    const std::span<const BlockId> blocks = s.table_->principal(head);
-    if (!std::equal(blocks.begin(), blocks.end(), expected.begin(), expected.end()))
-      return fail("table has other principal blocks than the groups");
+    const std::span<const BlockId> pages = s.table_->principal(head);
+    if (!std::equal(pages.begin(), pages.end(), expected.begin(), expected.end()))
+      return fail("table has other principal pages than the groups");
     const KvHeadBlocks& view = s.table_->Layer(head / options_.kv_heads)[head % options_.kv_heads];
     if (view.principal_entries != seen) return fail("sees the wrong number of principal entries");
-    if (seen > 0 && view.principal != blocks.data()) return fail("sees principal entries elsewhere");
+    if (seen > 0 && view.principal != pages.data()) return fail("sees principal entries elsewhere");
   }
   return absl::OkStatus();
 }
@@ -63,7 +64,7 @@ absl::Status Scheduler::CheckInvariants() const {
       handles.push_back(&s.groups_[g]);
       for (int head = 0; head < group_blocks(); ++head) {
         const KvHeadBlocks& blocks = s.table_->Layer(head / options_.kv_heads)[head % options_.kv_heads];
-        if (blocks.exact[g] != s.groups_[g].ids()[head])
+        if (blocks.exact[g] != s.groups_[g].ids()[head] * kBlockParts)
           return fail(s, "table has another block than the group");
       }
     }

@@ -40,6 +40,8 @@ class Backend {
   virtual std::string Description() const = 0;
   virtual bool Supports(const OpDesc& desc) const = 0;
 
+  // What Allocate() could still give, on a device with a memory of its own; 0: it is the host's.
+  virtual size_t FreeMemoryBytes() { return 0; }
   // Start-up only. ResourceExhausted names the bytes asked for. Memory is zeroed and 64-byte aligned.
   virtual absl::StatusOr<Buffer> Allocate(size_t bytes) = 0;
   // A matrix kept as `dtype`: rows are converted one at a time where the host's is another (then

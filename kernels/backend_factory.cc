@@ -8,10 +8,19 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/reference/reference_backend.h"
+#ifdef ATP_CUDA
+#include "kernels/cuda/cuda_backend.h"
+#endif
 
 namespace atp {
 
-std::vector<std::string> BuiltDevices() { return {"cpu", "reference"}; }
+std::vector<std::string> BuiltDevices() {
+#ifdef ATP_CUDA
+  return {"cpu", "cuda", "reference"};
+#else
+  return {"cpu", "reference"};
+#endif
+}
 
 std::vector<std::string> CpuIsaNames() {
   std::vector<std::string> names;
@@ -23,8 +32,12 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& optio
   const std::string built = absl::StrJoin(BuiltDevices(), ", ");
   if (options.device == "reference") return MakeReferenceBackend();
   if (options.device == "cuda") {
+#ifdef ATP_CUDA
+    return cuda::MakeBackend();
+#else
     return absl::UnimplementedError(
         absl::StrCat("device 'cuda': this binary was built without CUDA; it has: ", built));
+#endif
   }
   if (options.device != "cpu") {
     return absl::InvalidArgumentError(

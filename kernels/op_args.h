@@ -88,8 +88,8 @@ struct KvSequence {
 
 // The pool and how its blocks are laid out.
 struct KvPool {
-  std::byte* data = nullptr;  // pool; block b starts at data + b * block_bytes
-  size_t block_bytes = 0;
+  std::byte* data = nullptr;  // pool; the page or block with id b starts at data + b * block_bytes
+  size_t block_bytes = 0;     // from one id to the next: less than a page where several share a block
   const KvPage* exact = nullptr;
 };
 

@@ -44,6 +44,27 @@ class Calibrate(unittest.TestCase):
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertEqual(json.loads(done.stdout)["rows"][0]["ratio"], 0.5)
 
+    def test_bytes_are_spent_on_entries_and_bits(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "b.json")
+            args = ("--model", MODEL, "--ids", IDS, "--segment", 64, "--window", 0, "--context", 96, "--limit", 1)
+            done = atp("calibrate", *args, "--bytes", 0.2, "--out", path)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("of the bytes of bf16", done.stdout)
+            with open(path, encoding="utf-8") as file:
+                budgets = json.load(file)
+            self.assertEqual(set(budgets), {"ratio", "bits"} | {"sensitivity" + s for s in ("", "_half", "_quarter", "_eighth", "_4_bits")})
+            self.assertLessEqual({b for row in budgets["bits"] for b in row}, {4, 8})
+            done = atp("eval", *args, "--budgets", path, "--json")
+            row, = json.loads(done.stdout)["rows"]
+            self.assertLessEqual(row["bf16_bytes_ratio"], 0.2)
+            self.assertGreater(row["bf16_bytes_ratio"], 0.15)
+            # The file's curves serve other budgets, too: more bytes are better.
+            done = atp("eval", *args, "--budgets", path, "--bytes", "0.2,0.5", "--json")
+            same, more = json.loads(done.stdout)["rows"]
+            self.assertEqual(same["kl"], row["kl"])
+            self.assertLess(more["kl"], row["kl"])
+
     def test_text_with_repeated_spans(self):
         with tempfile.TemporaryDirectory() as folder:
             text, path = os.path.join(folder, "t.txt"), os.path.join(folder, "b.json")
@@ -61,7 +82,10 @@ class Calibrate(unittest.TestCase):
             self.assertIn(text, done.stderr)
         says(2, "--text FILE or --ids FILE.npy", "--ratio", 0.5)
         says(2, "--ratio 1", "--ids", IDS, "--ratio", 1)
-        says(2, "--ratio", "--ids", IDS)
+        says(2, "--ratio R or --bytes B", "--ids", IDS)
+        says(2, "--ratio R or --bytes B", "--ids", IDS, "--ratio", 0.5, "--bytes", 0.5)
+        says(2, "--bytes 2", "--ids", IDS, "--bytes", 2)
+        says(1, "raise atp.segment_tokens", "--ids", IDS, "--bytes", 0.01, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1, "--out", "/nonexistent")
         says(1, "never compressed", "--ids", IDS, "--ratio", 0.5, "--out", "/nonexistent/b.json")  # 512 = segment + window
         says(1, "/nonexistent/b.json", "--ids", IDS, "--ratio", 0.5, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1,
              "--out", "/nonexistent/b.json")

@@ -5,6 +5,10 @@
 
 #include <filesystem>
 #include <fstream>
+#include <string>
+#include <tuple>
+
+#include "engine/byte_budget.h"
 
 namespace atp {
 namespace {
@@ -16,12 +20,16 @@ class CompressionChoiceTest : public ::testing::Test {
  protected:
   CompressionChoiceTest() {
     model_.layers = 2;
+    model_.heads = 4;
     model_.kv_heads = 2;
+    model_.head_dim = 32;
     std::filesystem::create_directories(directory_);
   }
   ~CompressionChoiceTest() override { std::filesystem::remove_all(directory_); }
 
-  absl::StatusOr<CompressionChoice> Choose() { return ChooseCompression(config_, directory_, model_, 16); }
+  absl::StatusOr<CompressionChoice> Choose() {
+    return ChooseCompression(config_, directory_, model_, 16, KvFormat::kBF16);
+  }
   std::string Error() { return std::string(Choose().status().message()); }
   void WriteBudgets(const std::string& json) { std::ofstream(BudgetsFileOf(directory_)) << json; }
 
@@ -51,6 +59,57 @@ TEST_F(CompressionChoiceTest, BalancedWithAFile) {
   for (const double ratio : choice->settings.head_ratio) sum += ratio;
   EXPECT_DOUBLE_EQ(sum / 4, 0.5);
   EXPECT_GT(choice->settings.head_ratio[3], choice->settings.head_ratio[0]);
+}
+
+// A preset is bytes where the file says what each head costs, and else what the file has.
+TEST_F(CompressionChoiceTest, BytesAreSpentOnEntriesAndBits) {
+  const std::string own = R"({"ratio": [[0.1, 0.2], [0.3, 1]], "bits": [[8, 8], [4, 4]])";
+  WriteBudgets(own + "}");
+  config_.preset = "compact";
+  auto choice = Choose();
+  ASSERT_TRUE(choice.ok()) << choice.status();
+  EXPECT_THAT(choice->settings.head_ratio, testing::ElementsAre(0.1, 0.2, 0.3, 1));
+  EXPECT_THAT(choice->settings.head_bits, testing::ElementsAre(8, 8, 4, 4));
+  EXPECT_DOUBLE_EQ(choice->ratio, 0.4);
+
+  std::string curves = own;
+  for (const auto& [key, idle] :
+       {std::pair("sensitivity_half", "1e-5"), std::pair("sensitivity_quarter", "4e-5"),
+        std::pair("sensitivity_eighth", "2e-4"), std::pair("sensitivity", "1e-3"),
+        std::pair("sensitivity_4_bits", "1e-6")}) {
+    const std::string one = idle;
+    curves += std::string(", \"") + key + "\": [[" + one + ", " + one + "], [" + one + ", 1]]";
+  }
+  WriteBudgets(curves + "}");
+  double before = 1;
+  for (const auto& [preset, share] :
+       {std::pair("quality", 0.25), std::pair("balanced", 0.125), std::pair("compact", 0.0625)}) {
+    config_.preset = preset;
+    choice = Choose();
+    ASSERT_TRUE(choice.ok()) << choice.status();
+    const CompressionShape shape = CompressionShapeOf(model_, 16, KvFormat::kBF16, 4096);
+    const auto plan = MakeCompressionPlan(choice->settings, shape).value();
+    EXPECT_LE(ShareOfBf16(*plan, shape), share);
+    EXPECT_GT(ShareOfBf16(*plan, shape), 0.8 * share) << preset;
+    EXPECT_LT(choice->ratio, before);
+    before = choice->ratio;
+    if (share > 0.1) {  // enough for the one head that needs its keys
+      EXPECT_GT(choice->settings.head_ratio[3], 0.5);
+      EXPECT_LT(choice->settings.head_ratio[0], 1);
+    }
+  }
+  config_.ratio = 0.5;  // by hand: entries only
+  choice = Choose();
+  ASSERT_TRUE(choice.ok()) << choice.status();
+  EXPECT_THAT(choice->settings.head_bits, IsEmpty());
+  config_.ratio = 0;
+  config_.preset = "compact";
+  config_.segment_tokens = 32;  // a page of 16 entries is half of it
+  choice = Choose();
+  ASSERT_TRUE(choice.ok()) << choice.status();
+  EXPECT_EQ(choice->settings.bits, 4);
+  EXPECT_THAT(choice->settings.head_bits, IsEmpty());
+  EXPECT_EQ(choice->settings.head_ratio.size(), 4u);
 }
 
 TEST_F(CompressionChoiceTest, ByNameOrByHand) {
@@ -107,7 +166,7 @@ TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
   config.atp.preset = "quality";
   config_ = config.atp;
   const CompressionChoice own = Choose().value();
-  const auto settings_of = OverrideSettings(config, model_, own);
+  const auto settings_of = OverrideSettings(config, model_, KvFormat::kBF16, own);
   CompressionOverride compact, ratio, exact, all;
   compact.preset = "compact";
   ratio.ratio = 0.5;
@@ -118,7 +177,7 @@ TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
   EXPECT_EQ(settings_of(compact)->max_principal_keys, 100);
   double sum = 0;
   for (const double r : settings_of(compact)->head_ratio) sum += r;
-  EXPECT_NEAR(sum / 4, 0.25, 0.26 / 4) << "the mean, in whole blocks of 64 of 128 entries";
+  EXPECT_NEAR(sum / 4, 0.25, 0.26 / 4) << "the mean, in whole pages of 16 of 128 entries";
   EXPECT_EQ(settings_of(ratio)->head_ratio.size(), 4u);
   EXPECT_EQ(settings_of(ratio)->bits, 8) << "the server's";
   EXPECT_EQ(settings_of(all)->bits, 16);
@@ -126,7 +185,7 @@ TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
   ratio.bits = 16;
   EXPECT_EQ(settings_of(ratio)->bits, 16);
   config.atp.allow_override = false;
-  EXPECT_EQ(OverrideSettings(config, model_, own), nullptr);
+  EXPECT_EQ(OverrideSettings(config, model_, KvFormat::kBF16, own), nullptr);
 }
 
 TEST_F(CompressionChoiceTest, OverridesThatTheBudgetsCannotServeDoNotShowTheFile) {
@@ -135,7 +194,7 @@ TEST_F(CompressionChoiceTest, OverridesThatTheBudgetsCannotServeDoNotShowTheFile
   config.model.path = directory_;
   config.atp.preset = "exact";
   config_ = config.atp;
-  const auto settings_of = OverrideSettings(config, model_, Choose().value());
+  const auto settings_of = OverrideSettings(config, model_, KvFormat::kBF16, Choose().value());
   CompressionOverride ratio;
   ratio.ratio = 0.5;
   const absl::Status status = settings_of(ratio).status();

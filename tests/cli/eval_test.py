@@ -33,7 +33,8 @@ class Eval(unittest.TestCase):
         row = evaluate("--ids", IDS, "--from", 256)
         self.assertAlmostEqual(row["cross_entropy"], 3.7612, delta=0.002)
         self.assertEqual(row["tokens"], 4 * 255)
-        self.assertEqual(set(row), {"method", "kv_dtype", "kv_held_ratio", "ratio", "segment", "window", "cap", "bits", "kv_bytes_ratio", "cross_entropy", "perplexity",
+        self.assertEqual(set(row), {"method", "kv_dtype", "kv_held_ratio", "ratio", "segment", "window", "cap", "per_head", "bits", "kv_bytes_ratio", "bf16_bytes_ratio", "cross_entropy", "perplexity",
+                                    "recall", "recall_tokens", "recall_by_distance",
                                     "kl", "agreement", "accuracy", "tokens"})
 
     def test_f32_cache_and_reference_backend_agree(self):
@@ -79,7 +80,21 @@ class Eval(unittest.TestCase):
     def test_a_table_for_people(self):
         done = atp("eval", "--model", MODEL, "--ids", IDS, "--limit", 1, "--context", 32)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual([len(line.split()) for line in done.stdout.splitlines()], [15, 15])
+        lines = done.stdout.split("\n\n")[0].splitlines()
+        self.assertEqual([len(line.split()) for line in lines], [15, 15])
+
+    def test_recall_by_distance(self):
+        # Twice the same 40 tokens: everything after the first two of the second time is recall over 40 tokens.
+        ids = numpy.load(IDS)[:1, 100:140]
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "twice.npy")
+            numpy.save(path, numpy.tile(ids, (1, 2)))
+            row, = table("--recall-tokens", 3, ids=path)
+            self.assertEqual([(b["distance"], b["tokens"]) for b in row["recall_by_distance"]], [(32, 37)])
+            self.assertEqual(row["recall_tokens"], 37)
+            self.assertAlmostEqual(row["recall"], row["recall_by_distance"][0]["accuracy"])
+            done = atp("eval", "--model", MODEL, "--ids", path, "--recall-tokens", 3)
+            self.assertIn("32..63", done.stdout)
 
     def test_compressed_history_answers_alike(self):
         rows = table("--ratio", "1,0.5,0.25,0.125", *SCHEDULE)
@@ -105,11 +120,20 @@ class Eval(unittest.TestCase):
         budgets = os.path.join(MODEL, "atp_budgets.json")
         uniform, = table("--ratio", 0.25, *SCHEDULE)
         shared, = table("--ratio", 0.25, *SCHEDULE, "--budgets", budgets)
-        own, = table(*SCHEDULE, "--budgets", budgets)  # without --ratio: the mean it was made for
-        self.assertEqual(own["ratio"], 0.25)
-        self.assertEqual(own["kl"], shared["kl"])
+        own, = table(*SCHEDULE, "--budgets", budgets)  # without --ratio: the bytes it was made for
+        spent, = table(*SCHEDULE, "--budgets", budgets, "--bytes", 0.125)
+        self.assertEqual(own["kl"], spent["kl"])
+        self.assertTrue(own["per_head"])
+        self.assertTrue(4 < own["bits"] < 8)
         self.assertEqual(shared["kv_bytes_ratio"], uniform["kv_bytes_ratio"])
         self.assertLess(shared["kl"], 0.95 * uniform["kl"])
+
+    def test_bytes_are_spent_well(self):
+        rows = table(*SCHEDULE, "--budgets", os.path.join(MODEL, "atp_budgets.json"), "--bytes", "0.125,0.0625")
+        for row, share, most in zip(rows, (0.125, 0.0625), (5e-4, 1e-3)):
+            self.assertLessEqual(row["bf16_bytes_ratio"], share)
+            self.assertGreater(row["bf16_bytes_ratio"], 0.9 * share)
+            self.assertLess(row["kl"], most)
 
     def test_every_combination_is_a_row(self):
         rows = table("--ratio", "0.5,0.25", "--segment", "32,64", "--window", "0,32", "--cap", "0,48", "--kv-dtype", "f32,bf16",
@@ -145,6 +169,7 @@ class Eval(unittest.TestCase):
         refused("--ids", IDS, "--baseline", "best", says="none, recent, attention or unfitted")
         refused("--ids", IDS, "--kv-dtype", "int3", says="kv_cache.dtype: int3")
         refused("--ratio", "0.5", says="--text FILE or --ids FILE.npy")
+        refused("--ids", IDS, "--bytes", "0.5", says="--budgets FILE")
 
     def test_failures(self):
         def fails(*args, says):

@@ -11,6 +11,7 @@ from server_fixture import MODEL, Server, wait_until
 
 # The reference backend is slow, so that an answer of a few hundred tokens outlives what happens meanwhile.
 SLOW = ["backend.device=reference"]
+PATIENT = SLOW + ["server.drain_timeout_ms=600000"]  # under a sanitizer it takes minutes
 BODY = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "ignore_eos": True, "stream": True}
 
 
@@ -34,7 +35,7 @@ def text_of(lines):
 
 class Drain(unittest.TestCase):
     def test_a_running_stream_completes(self):
-        with Server(settings=SLOW) as server:
+        with Server(settings=PATIENT) as server:
             expected = text_of(Stream(server, 200).rest())
             running = Stream(server, 200)
             server.signal(signal.SIGTERM)
@@ -52,7 +53,7 @@ class Drain(unittest.TestCase):
             self.assertEqual(server.wait(), 0)
 
     def test_new_requests_are_refused_while_draining(self):
-        with Server(settings=SLOW) as server:
+        with Server(settings=PATIENT) as server:
             running = Stream(server, 200)
             server.signal(signal.SIGTERM)
             wait_until(lambda: server.metric("atp_ready") == 0, 5, "drain begun")

@@ -16,7 +16,7 @@ from atp_client import AtpError, Client
 PROMPT = "It was a dark and stormy night, and the old man looked at the sea. " * 12
 SETTINGS = ["atp.segment_tokens=32", "atp.window_tokens=32"]
 KINDS = [{"preset": "exact"}, {"preset": "quality"}, {"preset": "balanced"}, {"preset": "compact"},
-         {"ratio": 0.125, "bits": 8}, {"ratio": 0.5}]
+         {"ratio": 0.125, "bits": 8}, {"ratio": 0.5}, {"ratio": 0.5, "bits": 8}]
 
 
 def body(atp):
@@ -55,7 +55,7 @@ class Override(unittest.TestCase):
         with Server(settings=SETTINGS + ["atp.preset=exact"]) as server:
             texts = self.compare(server)
             self.assertEqual(texts[0], texts[1], "exact is the default")
-            self.assertEqual(texts[2], texts[6], "a ratio has 8 bits here")
+            self.assertEqual(texts[7], texts[6], "a ratio has 8 bits here")
             self.assertEqual(len({str(t) for t in texts}), len(KINDS) - 1, "all others differ")
             server.assert_idle()
 

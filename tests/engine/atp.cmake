@@ -3,4 +3,5 @@ atp_test(compression_plans_test SOURCES compression_plans_test.cc LIBS atp_engin
 atp_test(override_engine_test SOURCES override_engine_test.cc LIBS atp_engine)
 atp_test(principal_model_test SOURCES principal_model_test.cc LIBS atp_engine)
 atp_test(principal_engine_test SOURCES principal_engine_test.cc LIBS atp_engine)
+atp_test(byte_budget_test SOURCES byte_budget_test.cc LIBS atp_engine)
 atp_test(compression_budgets_test SOURCES compression_budgets_test.cc LIBS atp_engine)

@@ -94,10 +94,16 @@ TEST(CompressionBudgets, ErrorsNameFileKeyAndShape) {
   EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "sensitivity": [[0, 1, 2], [3, 4, 5]]})"), "");
   EXPECT_EQ(ErrorOf("{"), "b.json: not JSON");
   EXPECT_EQ(ErrorOf(""), "b.json: not JSON");
-  EXPECT_THAT(ErrorOf("[]"), HasSubstr("b.json: expected an object with ratio and sensitivity, found array"));
+  EXPECT_THAT(ErrorOf("[]"), HasSubstr("b.json: expected an object with ratio, bits and sensitivity, found array"));
   EXPECT_EQ(ErrorOf("{}"), "b.json: ratio: missing");
-  EXPECT_THAT(ErrorOf(R"({"ratio": )" + good + R"(, "bits": 8})"),
-              HasSubstr("b.json: \"bits\": no such key"));
+  EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "bits": [[16, 8, 4], [4, 4, 4]]})"), "");
+  EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "bits": 8})"),
+            "b.json: bits: expected an array of 2 layers, found number");
+  EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "bits": [[16, 8, 4], [4, 5, 4]]})"),
+            "b.json: bits[1][1]: expected 16, 8 or 4, found 5");
+  EXPECT_THAT(ErrorOf(R"({"ratio": )" + good + R"(, "bit": 8})"), HasSubstr("b.json: \"bit\": no such key"));
+  EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "sensitivity_4_bits": [[0, 1, 2], [3, 4, 5]]})"),
+            "b.json: sensitivity: missing beside the other sensitivities");
   EXPECT_EQ(ErrorOf(R"({"ratio": 0.5})"), "b.json: ratio: expected an array of 2 layers, found number");
   EXPECT_EQ(ErrorOf(R"({"ratio": [[1, 1, 1]]})"),
             "b.json: ratio: expected an array of 2 layers, found an array of 1");
@@ -123,6 +129,22 @@ TEST(CompressionBudgets, SavesAndLoads) {
   ASSERT_TRUE(loaded.ok()) << loaded.status();
   EXPECT_EQ(loaded->ratio, budgets.ratio);
   EXPECT_EQ(loaded->sensitivity, budgets.sensitivity);
+  EXPECT_TRUE(loaded->bits.empty());
+  EXPECT_FALSE(loaded->has_curves());
+  budgets.bits = {16, 8, 4, 4, 8, 16};
+  budgets.sensitivity_half = {1, 2, 3, 4, 5, 6};
+  budgets.sensitivity_quarter = {2, 3, 4, 5, 6, 7};
+  budgets.sensitivity_eighth = {3, 4, 5, 6, 7, 8};
+  budgets.sensitivity_4_bits = {4, 5, 6, 7, 8, 9};
+  ASSERT_TRUE(SaveCompressionBudgets(budgets, path).ok());
+  const auto curves = LoadCompressionBudgets(path, 2, 3);
+  ASSERT_TRUE(curves.ok()) << curves.status();
+  EXPECT_TRUE(curves->has_curves());
+  EXPECT_EQ(curves->bits, budgets.bits);
+  EXPECT_EQ(curves->sensitivity_half, budgets.sensitivity_half);
+  EXPECT_EQ(curves->sensitivity_quarter, budgets.sensitivity_quarter);
+  EXPECT_EQ(curves->sensitivity_eighth, budgets.sensitivity_eighth);
+  EXPECT_EQ(curves->sensitivity_4_bits, budgets.sensitivity_4_bits);
   EXPECT_THAT(std::string(LoadCompressionBudgets(path, 3, 3).status().message()), HasSubstr(path));
   std::remove(path.c_str());
   EXPECT_THAT(std::string(LoadCompressionBudgets(path, 2, 3).status().message()),

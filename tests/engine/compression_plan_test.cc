@@ -88,13 +88,13 @@ TEST(CompressionPlan, GroupsAddUpToStates) {
         int total_blocks = 0, total_entries = 0;
         for (int h = 0; h < 6; ++h) {
           const int before = state_blocks[h];
-          ASSERT_EQ(plan->StateBlocks(k - 1, h), before);
+          ASSERT_EQ(plan->StatePages(k - 1, h), before);
           state[h] += count[h];
           if (cap > 0) state[h] = std::min(state[h], cap);
           const int entries = replaced ? state[h] : count[h];
           const int blocks = (entries + 15) / 16;
           ASSERT_EQ(plan->GroupEntries(k)[h], entries);
-          ASSERT_EQ(plan->GroupBlocks(k)[h], blocks);
+          ASSERT_EQ(plan->GroupPages(k)[h], blocks);
           state_blocks[h] = replaced ? blocks : before + blocks;
           total_blocks += blocks;
           total_entries += entries;
@@ -102,6 +102,48 @@ TEST(CompressionPlan, GroupsAddUpToStates) {
         ASSERT_EQ(plan->TotalGroupBlocks(k), total_blocks);
         ASSERT_EQ(plan->TotalGroupEntries(k), total_entries);
       }
+    }
+  }
+}
+
+// Pages of a group lie in its blocks, whole, aligned for their size, and nowhere twice.
+TEST(CompressionPlan, PagesShareBlocksWithoutTouching) {
+  std::mt19937 random(4);
+  for (int i = 0; i < 200; ++i) {
+    CompressionShape shape = Shape();
+    shape.head_dim = std::vector<int>{8, 32, 64, 128}[random() % 4];
+    shape.format = random() % 2 == 0 ? KvFormat::kBF16 : KvFormat::kF32;
+    shape.block_tokens = random() % 4 == 0 ? 32 : 16;
+    // A pool that was made for exact entries only leaves less room.
+    const bool exact_blocks = random() % 3 == 0;
+    if (exact_blocks)
+      shape.block_bytes = KvPage(shape.format, shape.block_tokens, shape.head_dim, false).bytes();
+    CompressionSettings settings = Settings(kSegments[2 + random() % 2], 64, random() % 3 == 0 ? 100 : 0);
+    for (double& ratio : settings.head_ratio) ratio = (1 + random() % 32) / 32.0;
+    for (int h = 0; h < 6; ++h)
+      settings.head_bits.push_back(
+          std::vector<int>{16, 8, 4}[exact_blocks ? 1 + random() % 2 : random() % 3]);
+    const auto plan = MakeCompressionPlan(settings, shape).value();
+    for (const int k : {0, 1, 3}) {
+      const size_t part_bytes = plan->block_bytes() / kBlockParts;
+      std::set<size_t> used;  // in units of 64 bytes
+      size_t page = 0;
+      int filled = 0;
+      for (int h = 0; h < 6; ++h) {
+        ASSERT_GE(plan->GroupPages(k)[h] * plan->Page(h)->entries(), plan->GroupEntries(k)[h]);
+        for (int p = 0; p < plan->GroupPages(k)[h]; ++p, ++page) {
+          const auto place = static_cast<size_t>(plan->GroupPlaces(k)[page]);
+          const size_t begin = place * part_bytes, end = begin + plan->Page(h)->bytes();
+          if (place % kBlockParts != 0) {
+            ASSERT_EQ(begin % 64, 0u);
+          }
+          ASSERT_LE(end, (place / kBlockParts + 1) * plan->block_bytes()) << "crosses a block";
+          for (size_t at = begin / 64; at < (end + 63) / 64; ++at) ASSERT_TRUE(used.insert(at).second);
+          filled = std::max(filled, static_cast<int>(place / kBlockParts) + 1);
+        }
+      }
+      ASSERT_EQ(page, plan->GroupPlaces(k).size());
+      ASSERT_EQ(filled, plan->TotalGroupBlocks(k));
     }
   }
 }

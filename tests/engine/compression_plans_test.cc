@@ -162,7 +162,7 @@ TEST_F(CompressionPlansTest, PagesFitTheBlocksThatThereAre) {
   EXPECT_EQ(For(Ratio(0.25, 4))->Page(0)->entries(), 48);
   EXPECT_EQ(For(Ratio(0.25, 8))->Page(0)->entries(), 16);
   EXPECT_LE(For(Ratio(0.25, 4))->Page(0)->bytes(), Shape().block_bytes);
-  EXPECT_EQ(For(Ratio(0.5, 4))->GroupBlocks(0)[0], 3);  // 128 entries
+  EXPECT_EQ(For(Ratio(0.5, 4))->GroupPages(0)[0], 3);  // 128 entries
   EXPECT_THAT(Error(Ratio(0.25, 16)), StartsWith("atp.bits: the server's KV blocks of 4096 bytes"));
   CompressionShape large = Shape();
   large.block_bytes = 0;

@@ -41,7 +41,7 @@ TEST(KvCache, FitsIntoItsBudget) {
   EXPECT_EQ(cache->num_blocks(), 19);
   EXPECT_EQ(cache->block_bytes(), page.bytes());
   EXPECT_EQ(cache->token_capacity(), 19 / 6 * 16);
-  EXPECT_EQ(cache->pool().block_bytes, page.bytes());
+  EXPECT_EQ(cache->pool().block_bytes * kBlockParts, page.bytes());
   EXPECT_EQ(cache->pool().exact->entries(), 16);
 }
 
@@ -87,7 +87,7 @@ TEST(BlockTable, FillsAllHeadsAlike) {
   for (int layer = 0; layer < 2; ++layer) {
     for (int head = 0; head < 3; ++head) {
       for (int block = 0; block < 40; ++block) {
-        EXPECT_EQ(moved.Layer(layer)[head].exact[block], block * 6 + layer * 3 + head);
+        EXPECT_EQ(moved.Layer(layer)[head].exact[block], (block * 6 + layer * 3 + head) * kBlockParts);
       }
       EXPECT_EQ(moved.Layer(layer)[head].principal_entries, 0);
     }
@@ -105,26 +105,28 @@ TEST(KvCache, BlocksAreLargeEnoughForPrincipalEntries) {
   EXPECT_EQ(cache.query_page().samples(), 64);
 }
 
+// Pages of one group share blocks: head 0 has a whole block and half of the next, head 2 the other half.
 TEST(BlockTable, PrincipalGroupsAreAppendedSeenAndDropped) {
   BlockTable table(1, 3);
   const KvPage small(KvFormat::kF32, 16, 8, true), large(KvFormat::kInt8, 64, 8, true);
   for (const int head : {0, 1}) table.SetPrincipalPage(head, &small);
   table.SetPrincipalPage(2, &large);
-  const std::vector<int32_t> blocks = {2, 0, 1};
-  table.AppendPrincipal(std::vector<BlockId>{10, 11, 12}, blocks);
-  table.AppendPrincipal(std::vector<BlockId>{20, 21, 22}, blocks);
+  const std::vector<int32_t> blocks = {2, 0, 1}, places = {0, 12, 8};
+  table.AppendPrincipal(std::vector<BlockId>{10, 11}, blocks, places);
+  table.AppendPrincipal(std::vector<BlockId>{20, 25}, blocks, places);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 0);
   table.ShowPrincipal(blocks);
   table.ShowPrincipal(blocks);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 64);
   EXPECT_EQ(table.Layer(0)[1].principal_entries, 0);
   EXPECT_EQ(table.Layer(0)[2].principal_entries, 128);
-  EXPECT_EQ(table.Layer(0)[0].principal[2], 20);
-  EXPECT_EQ(table.Layer(0)[2].principal[1], 22);
+  EXPECT_EQ(table.Layer(0)[0].principal[2], 20 * kBlockParts);
+  EXPECT_EQ(table.Layer(0)[2].principal[0], 11 * kBlockParts);
+  EXPECT_EQ(table.Layer(0)[2].principal[1], 25 * kBlockParts);
   table.DropPrincipal(blocks);
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 32);
-  EXPECT_EQ(table.Layer(0)[0].principal[0], 20);
-  EXPECT_EQ(table.Layer(0)[0].principal[1], 21);
+  EXPECT_EQ(table.Layer(0)[0].principal[0], 20 * kBlockParts);
+  EXPECT_EQ(table.Layer(0)[0].principal[1], 25 * kBlockParts + 4);
   table.Clear();
   EXPECT_EQ(table.Layer(0)[0].principal_entries, 0);
   EXPECT_TRUE(table.principal(0).empty());
@@ -135,8 +137,8 @@ TEST(BlockTable, DropsExactBlocksFromTheFront) {
   for (BlockId id = 0; id < 10; id += 2) table.AppendExact(std::vector<BlockId>{id, id + 1});
   table.DropExact(3);
   EXPECT_EQ(table.exact_blocks(), 2);
-  EXPECT_EQ(table.Layer(0)[0].exact[0], 6);
-  EXPECT_EQ(table.Layer(0)[1].exact[1], 9);
+  EXPECT_EQ(table.Layer(0)[0].exact[0], 6 * kBlockParts);
+  EXPECT_EQ(table.Layer(0)[1].exact[1], 9 * kBlockParts);
 }
 
 TEST(BlockTable, ClearStartsOver) {
@@ -145,8 +147,8 @@ TEST(BlockTable, ClearStartsOver) {
   table.Clear();
   EXPECT_EQ(table.exact_blocks(), 0);
   table.AppendExact(std::vector<BlockId>{1, 2});
-  EXPECT_EQ(table.Layer(0)[0].exact[0], 1);
-  EXPECT_EQ(table.Layer(0)[1].exact[0], 2);
+  EXPECT_EQ(table.Layer(0)[0].exact[0], 1 * kBlockParts);
+  EXPECT_EQ(table.Layer(0)[1].exact[0], 2 * kBlockParts);
 }
 
 class AvailableMemoryTest : public ::testing::Test {

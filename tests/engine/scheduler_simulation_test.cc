@@ -25,7 +25,7 @@ class Simulation {
  public:
   Simulation(uint32_t seed, bool compress)
       : random_(seed), options_(RandomOptions(compress)), scheduler_(options_) {
-    contents_.resize(options_.num_blocks);
+    contents_.resize(static_cast<size_t>(options_.num_blocks) * kBlockParts);
     shape_ = RandomShape();
     plans_.push_back(nullptr);
     for (int i = 0; compress && i < 3; ++i) plans_.push_back(RandomPlan());
@@ -237,7 +237,7 @@ class Simulation {
       for (int r = 0; r < entry.rows; ++r) {
         const int e = entry.exact_entries - entry.rows + r;
         Write(entry.table->exact(head)[e / bt], e % bt,
-              Exact(*entry.sequence, batch.positions[entry.first_row + r]));
+              Exact(*entry.sequence, batch.positions[entry.first_row + r]), kBlockParts);
       }
     }
     if (entry.plan == nullptr) return;
@@ -246,11 +246,13 @@ class Simulation {
       const int sample = entry.plan->SampleAt(position % entry.plan->segment_tokens());
       if (sample < 0) continue;
       for (const BlockId block : entry.table->queries())
-        Write(block, sample, Query(*entry.sequence, position));
+        Write(block, sample, Query(*entry.sequence, position), kBlockParts);
     }
   }
-  void Write(BlockId block, int place, uint64_t what) {
-    if (place == 0) contents_[block].clear();  // all users of blocks fill them from the front
+  // A page, or a whole block, which is where its first page begins.
+  void Write(BlockId block, int place, uint64_t what, int parts = 1) {
+    for (int p = 0; place == 0 && p < parts; ++p)
+      contents_[block + p].clear();  // all fill them from the front
     contents_[block][place] = what;
   }
 
@@ -287,7 +289,7 @@ class Simulation {
     for (int head = 0; head < options_.layers * options_.kv_heads; ++head) {
       const KvHeadBlocks& blocks = entry.table->Layer(head / options_.kv_heads)[head % options_.kv_heads];
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, blocks.exact, first_token, entry.exact_entries));
-      const int principal_blocks = visible > 0 ? plan->StateBlocks(visible - 1, head) : 0;
+      const int principal_blocks = visible > 0 ? plan->StatePages(visible - 1, head) : 0;
       ASSERT_EQ(blocks.principal_entries, visible > 0 ? principal_blocks * plan->Page(head)->entries() : 0);
       if (visible == 0) continue;
       ASSERT_NO_FATAL_FAILURE(CheckState(s, visible - 1, head, blocks.principal));
@@ -303,7 +305,7 @@ class Simulation {
   }
   void CheckState(const Sequence& s, int state, int head, const BlockId* blocks) {
     for (int segment = s.plan()->StateBegin(state); segment <= state; ++segment) {
-      for (int b = 0; b < s.plan()->GroupBlocks(segment)[head]; ++b, ++blocks) {
+      for (int b = 0; b < s.plan()->GroupPages(segment)[head]; ++b, ++blocks) {
         const Contents& contents = contents_[*blocks];
         const auto found = contents.find(0);
         ASSERT_TRUE(found != contents.end() && found->second == Principal(s, segment, head, b))
@@ -330,12 +332,12 @@ class Simulation {
       const BlockId* exact = entry.table->exact(head).data() +
                              (entry.exact_entries - plan.segment_tokens()) / plan.block_tokens();
       ASSERT_NO_FATAL_FAILURE(CheckExact(s, exact, segment * plan.segment_tokens(), plan.segment_tokens()));
-      const int blocks = plan.GroupBlocks(segment)[head];
+      const int blocks = plan.GroupPages(segment)[head];
       const std::span<const BlockId> principal = entry.table->principal(head);
       const BlockId* out = principal.data() + principal.size() - blocks;
       if (plan.Replaces(segment) && segment > 0) {
         ++replaced_states_;
-        ASSERT_NO_FATAL_FAILURE(CheckState(s, segment - 1, head, out - plan.StateBlocks(segment - 1, head)));
+        ASSERT_NO_FATAL_FAILURE(CheckState(s, segment - 1, head, out - plan.StatePages(segment - 1, head)));
       }
       for (int b = 0; b < blocks; ++b) Write(out[b], 0, Principal(s, segment, head, b));
     }
@@ -366,7 +368,7 @@ class Simulation {
   std::mt19937 random_;
   SchedulerOptions options_;
   Scheduler scheduler_;
-  std::vector<Contents> contents_;  // what the model wrote into each block
+  std::vector<Contents> contents_;  // what the model wrote into each page or block, by id
   CompressionShape shape_;
   std::vector<std::shared_ptr<const CompressionPlan>> plans_;
   absl::Time now_ = absl::FromUnixSeconds(1);

@@ -1,0 +1,154 @@
+#include "engine/byte_budget.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+
+namespace atp {
+namespace {
+
+constexpr double kNothing = 1e-9;  // KL below this is noise
+constexpr double kPower = 1.5;     // KL grows like ratio^-p beyond what was measured
+
+// One way to keep a head's entries.
+struct Option {
+  int entries = 0;
+  int bits = 16;
+  int parts = 0;  // of blocks
+  double kl = 0;
+};
+
+// KL of one head as a function of its entries per token: measured at 1/2 .. 1/16, 0 at 1.
+class Curve {
+ public:
+  Curve(const CompressionBudgets& budgets, size_t head)
+      : kl_{budgets.sensitivity_half[head], budgets.sensitivity_quarter[head],
+            budgets.sensitivity_eighth[head], budgets.sensitivity[head]} {
+    for (size_t i = 1; i < kl_.size(); ++i) kl_[i] = std::max(kl_[i], kl_[i - 1]);  // fewer are never better
+    for (double& kl : kl_) kl = std::max(kl, kNothing);
+  }
+
+  // Straight between 1 and 1/2, in logarithms below.
+  double operator()(double ratio) const {
+    if (ratio >= 0.5) return kl_[0] * 2 * (1 - ratio);
+    const double octave = std::log2(0.5 / ratio);
+    const auto below = static_cast<size_t>(octave);
+    if (below + 1 >= kl_.size()) return kl_.back() * std::pow(1.0 / 16 / ratio, kPower);
+    const double t = octave - static_cast<double>(below);
+    return kl_[below] * std::pow(kl_[below + 1] / kl_[below], t);
+  }
+
+ private:
+  std::vector<double> kl_;
+};
+
+// All ways to keep a head's entries in whole pages of blocks of shape.block_bytes.
+std::vector<Option> Options(const CompressionBudgets& budgets, size_t head, int segment_tokens,
+                            const CompressionShape& shape) {
+  const Curve curve(budgets, head);
+  std::vector<Option> options;
+  for (const int bits : {16, 8, 4}) {
+    // 8 bits cause next to nothing: a 256th of what 4 bits cause, since the error of an element is a 16th.
+    const double rounding = bits == 16 ? 0 : budgets.sensitivity_4_bits[head] / (bits == 8 ? 256 : 1);
+    for (int parts = kBlockParts; parts > 0; parts /= 2) {
+      const std::optional<KvPage> page = PrincipalPageWithin(shape.block_bytes, shape.format,
+                                                             shape.block_tokens, shape.head_dim, bits, parts);
+      if (!page) continue;
+      for (int pages = 1, entries = 0; entries < segment_tokens; ++pages) {
+        entries = std::min(pages * page->entries(), segment_tokens);
+        const double kl = curve(static_cast<double>(entries) / segment_tokens) + rounding;
+        options.push_back({entries, bits, pages * parts, kl});
+      }
+    }
+  }
+  return options;
+}
+
+double Bf16Bytes(const CompressionShape& shape, int tokens) {
+  return 4.0 * shape.head_dim * shape.layers * shape.kv_heads * tokens;
+}
+
+// Takes, as long as there is one, the step with the largest fall of KL per part. Returns the parts left.
+int64_t Spend(const std::vector<std::vector<Option>>& options, int64_t parts, std::vector<Option>* chosen) {
+  while (true) {
+    size_t best_head = 0;
+    const Option* best = nullptr;
+    double best_rate = 0;
+    for (size_t head = 0; head < options.size(); ++head) {
+      const Option& now = (*chosen)[head];
+      for (const Option& option : options[head]) {
+        const int more = option.parts - now.parts;
+        if (option.kl >= now.kl || more > parts || more < 0) continue;
+        const double rate = (now.kl - option.kl) / std::max(more, 1) * (more == 0 ? 1e6 : 1);
+        if (rate > best_rate) best_rate = rate, best = &option, best_head = head;
+      }
+    }
+    if (best == nullptr) return parts;
+    parts -= best->parts - (*chosen)[best_head].parts;
+    (*chosen)[best_head] = *best;
+  }
+}
+
+}  // namespace
+
+double ExactShareOfBf16(const CompressionShape& shape) {
+  const KvPage page(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false);
+  return static_cast<double>(page.bytes()) / (4.0 * shape.head_dim * shape.block_tokens);
+}
+
+double ShareOfBf16(const CompressionPlan& plan, const CompressionShape& shape) {
+  const int last = std::max(0, shape.max_positions / plan.segment_tokens() - 1);
+  int64_t blocks = 0;
+  for (int k = plan.StateBegin(last); k <= last; ++k) blocks += plan.TotalGroupBlocks(k);
+  return static_cast<double>(blocks) * static_cast<double>(plan.block_bytes()) /
+         Bf16Bytes(shape, (last + 1) * plan.segment_tokens());
+}
+
+absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double share,
+                                       const CompressionSettings& settings, const CompressionShape& shape,
+                                       const std::string& source) {
+  if (!budgets.has_curves()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        source, ": sensitivity_4_bits: missing, so bytes cannot be shared; run atp calibrate --bytes ",
+        share));
+  }
+  CompressionShape sized = shape;
+  if (sized.block_bytes == 0) {
+    CompressionSettings all_bits;
+    all_bits.head_bits = {8, 4};
+    sized.block_bytes = CompressedBlockBytes(all_bits, shape.format, shape.block_tokens, shape.head_dim);
+  }
+  std::vector<std::vector<Option>> options;
+  for (size_t head = 0; head < budgets.ratio.size(); ++head)
+    options.push_back(Options(budgets, head, settings.segment_tokens, sized));
+  const auto block_bytes = static_cast<double>(sized.block_bytes);
+  const double bytes = share * Bf16Bytes(shape, settings.segment_tokens);
+  const auto blocks = static_cast<int64_t>(bytes / block_bytes + 1e-9);
+
+  std::vector<Option> chosen;
+  int64_t parts = blocks * kBlockParts;
+  for (const std::vector<Option>& of_head : options) {
+    chosen.push_back(*std::min_element(of_head.begin(), of_head.end(), [](const Option& a, const Option& b) {
+      return a.parts != b.parts ? a.parts < b.parts : a.kl < b.kl;
+    }));
+    parts -= chosen.back().parts;
+  }
+  if (parts < 0) {
+    const int64_t least = blocks * kBlockParts - parts;
+    const double least_bytes = std::ceil(static_cast<double>(least) / kBlockParts) * block_bytes;
+    return absl::InvalidArgumentError(
+        absl::StrCat("a share of ", share, " of the bytes of bf16: segments of ", settings.segment_tokens,
+                     " tokens take at least ", least_bytes / Bf16Bytes(shape, settings.segment_tokens),
+                     "; give more, or raise atp.segment_tokens"));
+  }
+  Spend(options, parts, &chosen);
+  HeadBudgets spent;
+  for (const Option& option : chosen) {
+    spent.ratio.push_back(static_cast<double>(option.entries) / settings.segment_tokens);
+    spent.bits.push_back(option.bits);
+  }
+  return spent;
+}
+
+}  // namespace atp

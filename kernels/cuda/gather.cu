@@ -1,0 +1,44 @@
+// out[i] = table[indices[i]] as fp32: a block per row.
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ops.h"
+
+namespace atp::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct FromF32 {
+  using Stored = float;
+  static __device__ __forceinline__ float Value(float stored) { return stored; }
+};
+struct FromBF16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
+};
+struct FromF16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
+};
+
+template <class From>
+__global__ void __launch_bounds__(kThreads)
+    GatherRowsKernel(const void* table, const int32_t* indices, float* out, int64_t dim) {
+  const auto* row = static_cast<const typename From::Stored*>(table) + indices[blockIdx.x] * dim;
+  float* to = out + static_cast<int64_t>(blockIdx.x) * dim;
+  for (int64_t i = threadIdx.x; i < dim; i += kThreads) to[i] = From::Value(row[i]);
+}
+
+}  // namespace
+
+cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args) {
+  cudaError_t error;
+  const int32_t* indices = context.staging->Upload(args.indices, context.stream, &error);
+  if (error != cudaSuccess) return error;
+  auto* kernel = GatherRowsKernel<FromF32>;
+  if (args.table.dtype == DType::kBF16) kernel = GatherRowsKernel<FromBF16>;
+  if (args.table.dtype == DType::kF16) kernel = GatherRowsKernel<FromF16>;
+  return Launch("GatherRows", kernel, dim3(static_cast<unsigned>(args.indices.size())), dim3(kThreads), 0,
+                context.stream, args.table.data, indices, args.out, args.table.cols);
+}
+
+}  // namespace atp::cuda

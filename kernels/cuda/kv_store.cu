@@ -1,0 +1,191 @@
+// Writes into KV blocks: this step's keys and values as exact entries, and kept queries.
+#include "kernels/cuda/kv_tables.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/principal_pages.cuh"
+
+namespace atp::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+// Entries that one block of threads writes. Keys lie dimension-major: 16 entries of one dimension are what
+// makes their lines whole, and are at most two KV blocks.
+constexpr int kTile = 16;
+
+__device__ __forceinline__ void Write(float* to, float value) { *to = value; }
+__device__ __forceinline__ void Write(uint16_t* to, float value) { *to = FloatToBF16(value); }
+
+// Grid: (tiles of rows, kv heads, sequences). Keys and values come in row by row, whole lines at a time, and
+// keys leave transposed through shared memory.
+template <class Element>
+__global__ void __launch_bounds__(kThreads)
+    StoreKvKernel(const float* key, const float* value, KvTables tables) {
+  const PageLayout& page = tables.exact;
+  const int head_dim = page.head_dim, stride = head_dim + 1;  // + 1: a column's elements lie in 16 banks
+  SharedArena arena;
+  const Shared<float> keys = arena.Take<float>(kTile * stride);
+  const SequenceTable sequence = tables.sequences[blockIdx.z];
+  const int kv_head = static_cast<int>(blockIdx.y), me = static_cast<int>(threadIdx.x);
+  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
+  const int first = static_cast<int>(blockIdx.x) * kTile;
+  const int count = min(kTile, sequence.rows - first);
+  const int first_entry = sequence.exact_entries - sequence.rows + first;
+  const auto block_of = [&](int entry) {
+    return tables.Block(tables.blocks[head.exact + entry / page.entries]);
+  };
+  for (int i = me; i < count * head_dim; i += kThreads) {
+    const int row = i / head_dim, dimension = i % head_dim, entry = first_entry + row;
+    const int64_t from =
+        (static_cast<int64_t>(sequence.first_row + first + row) * tables.kv_heads + kv_head) * head_dim +
+        dimension;
+    keys[row * stride + dimension] = key[from];
+    auto* values = reinterpret_cast<Element*>(block_of(entry) + page.value_offset);
+    Write(values + page.ValueIndex(dimension, entry % page.entries), value[from]);
+  }
+  __syncthreads();
+  for (int i = me; i < kTile * head_dim; i += kThreads) {
+    const int dimension = i / kTile, row = i % kTile, entry = first_entry + row;
+    if (row >= count) continue;
+    auto* out = reinterpret_cast<Element*>(block_of(entry));
+    Write(out + page.KeyIndex(dimension, entry % page.entries), keys[row * stride + dimension]);
+  }
+}
+
+// The same for int8 and int4. A block of threads has the entries of one slice of 16, because an int4 byte has
+// the keys of two of them; of those that are not this step's, nothing is changed.
+template <KvFormat kFormat>
+__global__ void __launch_bounds__(kThreads)
+    StoreIntegerKvKernel(const float* key, const float* value, KvTables tables) {
+  constexpr int kTop = kFormat == KvFormat::kInt8 ? 127 : 7;
+  const PageLayout& page = tables.exact;
+  const int head_dim = page.head_dim, stride = head_dim + 1;
+  SharedArena arena;
+  const Shared<float> keys = arena.Take<float>(kTile * stride);
+  const Shared<float> scales = arena.Take<float>(2 * kTile);  // of keys, of values
+  const SequenceTable sequence = tables.sequences[blockIdx.z];
+  const int kv_head = static_cast<int>(blockIdx.y), me = static_cast<int>(threadIdx.x);
+  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
+  const int first_entry = sequence.exact_entries - sequence.rows;
+  const int slice = (first_entry / kTile + static_cast<int>(blockIdx.x)) * kTile;
+  const int begin = max(first_entry - slice, 0), end = min(sequence.exact_entries - slice, kTile);
+  if (begin >= end) return;
+  std::byte* block = tables.Block(tables.blocks[head.exact + slice / page.entries]);
+  const int offset = slice % page.entries;
+  const auto source = [&](int e) {
+    const int64_t row = sequence.first_row + slice + e - first_entry;
+    return (row * tables.kv_heads + kv_head) * head_dim;
+  };
+  for (int e = begin + me / kWarpSize; e < end; e += kThreads / kWarpSize) {
+    float largest_key = 0, largest_value = 0;
+    for (int i = me % kWarpSize; i < head_dim; i += kWarpSize) {
+      const float k = key[source(e) + i];
+      keys[e * stride + i] = k;
+      largest_key = fmaxf(largest_key, fabsf(k));
+      largest_value = fmaxf(largest_value, fabsf(value[source(e) + i]));
+    }
+    const uint16_t key_scale = ScaleBits(WarpMax(largest_key), kTop);
+    const uint16_t value_scale = ScaleBits(WarpMax(largest_value), kTop);
+    if (me % kWarpSize != 0) continue;
+    scales[e] = BF16ToFloat(key_scale), scales[kTile + e] = BF16ToFloat(value_scale);
+    reinterpret_cast<uint16_t*>(block + page.key_scale_offset)[offset + e] = key_scale;
+    reinterpret_cast<uint16_t*>(block + page.value_scale_offset)[offset + e] = value_scale;
+  }
+  __syncthreads();
+  const auto key_at = [&](int e, int dimension) {
+    return static_cast<uint32_t>(Quantized(keys[e * stride + dimension], scales[e], kTop));
+  };
+  const auto value_at = [&](int e, int dimension) {
+    return static_cast<uint32_t>(Quantized(value[source(e) + dimension], scales[kTile + e], kTop));
+  };
+  constexpr int kPerByte = kFormat == KvFormat::kInt8 ? 1 : 2, kBytes = kTile / kPerByte;
+  for (int i = me; i < kBytes * head_dim; i += kThreads) {
+    const int dimension = i / kBytes, e = i % kBytes;
+    std::byte* to = block + page.KeyIndex(dimension, offset + e) / kPerByte;
+    auto byte = static_cast<uint32_t>(*to);
+    if (kPerByte == 1) {
+      if (e >= begin && e < end) byte = key_at(e, dimension);
+    } else {
+      if (e >= begin && e < end) byte = (byte & 0xf0) | (key_at(e, dimension) & 15);
+      if (e + 8 >= begin && e + 8 < end) byte = (byte & 15) | (key_at(e + 8, dimension) & 15) << 4;
+    }
+    *to = static_cast<std::byte>(byte & 255);
+  }
+  const int row_bytes = head_dim / kPerByte;
+  for (int i = me; i < (end - begin) * row_bytes; i += kThreads) {
+    const int e = begin + i / row_bytes, dimension = i % row_bytes;
+    uint32_t byte = value_at(e, dimension);
+    if (kPerByte == 2) byte = (byte & 15) | (value_at(e, dimension + head_dim / 2) & 15) << 4;
+    block[page.value_offset + page.ValueIndex(dimension, offset + e) / kPerByte] =
+        static_cast<std::byte>(byte & 255);
+  }
+}
+
+// One kept query: where its heads' elements go. `blocks` counts from the table's first id.
+struct QueryRow {
+  int32_t row;
+  int32_t blocks;
+  uint32_t offset;  // bytes into the block
+};
+
+// Grid: (rows, heads).
+__global__ void __launch_bounds__(kThreads)
+    StoreQueriesKernel(const float* query, const QueryRow* rows, const BlockId* blocks, std::byte* pool,
+                       size_t block_bytes, int heads, int head_dim) {
+  const QueryRow row = rows[blockIdx.x];
+  const int head = static_cast<int>(blockIdx.y);
+  const BlockId id = blocks[row.blocks + head];
+  auto* out = reinterpret_cast<uint16_t*>(pool + static_cast<size_t>(id) * block_bytes + row.offset);
+  const float* in = query + (static_cast<int64_t>(row.row) * heads + head) * head_dim;
+  for (int i = static_cast<int>(threadIdx.x); i < head_dim; i += kThreads) out[i] = FloatToBF16(in[i]);
+}
+
+}  // namespace
+
+cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) {
+  int32_t most = 0;
+  for (const KvSequence& sequence : args.sequences) most = sequence.rows > most ? sequence.rows : most;
+  if (most == 0) return cudaSuccess;
+  cudaError_t error;
+  const KvTables tables =
+      UploadKvTables(context, args.sequences, args.pool, args.kv_heads, /*principal=*/false, &error);
+  if (error != cudaSuccess) return error;
+  auto* kernel = tables.exact.format == KvFormat::kF32 ? StoreKvKernel<float> : StoreKvKernel<uint16_t>;
+  if (tables.exact.format == KvFormat::kInt8) kernel = StoreIntegerKvKernel<KvFormat::kInt8>;
+  if (tables.exact.format == KvFormat::kInt4) kernel = StoreIntegerKvKernel<KvFormat::kInt4>;
+  // Integers are cut where slices begin, which may be one tile more.
+  const int tiles = CeilDiv(most, kTile) + (IsInteger(tables.exact.format) ? 1 : 0);
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.kv_heads),
+                  static_cast<unsigned>(args.sequences.size()));
+  return Launch("StoreKv", kernel, grid, dim3(kThreads),
+                SharedBytes<float>(kTile * (tables.exact.head_dim + 1)) + SharedBytes<float>(2 * kTile),
+                context.stream, args.key, args.value, tables);
+}
+
+cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args) {
+  if (args.rows.empty()) return cudaSuccess;
+  const QueryPage& page = *args.page;
+  const size_t heads = static_cast<size_t>(args.heads),
+               per_head = static_cast<size_t>(page.blocks_per_head());
+  const size_t blocks_at = args.rows.size() * sizeof(QueryRow);
+  cudaError_t error;
+  const Staging::Table table =
+      context.staging->Take(blocks_at + args.rows.size() * heads * sizeof(BlockId), &error);
+  if (table.host == nullptr) return error;
+  auto* rows = reinterpret_cast<QueryRow*>(table.host);
+  auto* blocks = reinterpret_cast<BlockId*>(table.host + blocks_at);
+  int32_t used = 0;
+  for (const QuerySampleRow& row : args.rows) {
+    *rows++ = {row.row, used, static_cast<uint32_t>(page.offset(row.sample))};
+    const size_t block = static_cast<size_t>(row.sample / page.per_block());
+    for (size_t h = 0; h < heads; ++h) blocks[used++] = row.blocks[h * per_head + block];
+  }
+  error = context.staging->Send(table, context.stream);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(args.rows.size()), static_cast<unsigned>(args.heads));
+  return Launch("StoreQueries", StoreQueriesKernel, grid, dim3(kThreads), 0, context.stream, args.query,
+                reinterpret_cast<const QueryRow*>(table.device),
+                reinterpret_cast<const BlockId*>(table.device + blocks_at), args.pool.data,
+                args.pool.block_bytes, args.heads, page.head_dim());
+}
+
+}  // namespace atp::cuda

@@ -1,0 +1,374 @@
+// y = x·Wᵀ + bias (+ y). A result must not depend on how many rows are in the batch, so all kernels of a
+// weight type add up one output in one order:
+//   bf16 whose rows are 16-byte aligned: tensor cores, x rounded to bf16. Slices of kSlice products are
+//   summed
+//     by m16n8k16 steps in the order that StepOf() gives, then the slices from first to last.
+//   anything else: fp32 multiply-adds, one product after the other.
+// Two kernels share the tensor-core order. SkinnyKernel, for decoding, is bound by the bytes of W: they go
+// from global memory straight into fragments, slices of one output are spread over the warps of a block.
+// TiledKernel, for prefill, is bound by arithmetic: W and x come through shared memory, three stages deep.
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/ops.h"
+
+namespace atp::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kSlice = 512;
+constexpr int kChunk = 32;  // of the depth: 16 bytes of bf16 from each of four lanes, two mma steps
+
+// What one lane holds of a chunk of a row: elements [8t, 8t + 8). A step multiplies pairs 0 and 1 of all four
+// lanes, the next one pairs 2 and 3: the order inside a chunk is permuted, in W and x alike.
+struct Row8 {
+  uint32_t pair[4];
+};
+
+__device__ __forceinline__ Row8 FromVector(const uint4& v) { return {{v.x, v.y, v.z, v.w}}; }
+
+// c += the chunk's products. low, high: W's rows g and g + 8; x: its row g.
+__device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Row8& high, const Row8& x) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const uint32_t a[4] = {low.pair[2 * step], high.pair[2 * step], low.pair[2 * step + 1],
+                           high.pair[2 * step + 1]};
+    const uint32_t b[2] = {x.pair[2 * step], x.pair[2 * step + 1]};
+    MmaBF16(c, a, b);
+  }
+}
+
+struct Problem {
+  const float* x;        // [rows, in]
+  const uint16_t* half;  // x as bf16, for kernels that read it so
+  const void* weight;    // [out, in]
+  const float* bias;     // [out] or null
+  float* y;              // [rows, out]
+  int rows, in, out;
+  bool accumulate;
+};
+
+__device__ __forceinline__ void WriteOne(const Problem& p, int row, int out, float sum) {
+  if (row >= p.rows || out >= p.out) return;
+  float* y = p.y + static_cast<int64_t>(row) * p.out + out;
+  if (p.bias != nullptr) sum += p.bias[out];
+  *y = p.accumulate ? *y + sum : sum;
+}
+
+// How SkinnyKernel reads x: where it is few rows, as it is; else from the copy in bf16.
+struct ReadF32 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int row, int at) {
+    const float4* from = reinterpret_cast<const float4*>(p.x + static_cast<int64_t>(row) * p.in + at);
+    const float4 a = from[0], b = from[1];
+    return {{PackBF16(a.x, a.y), PackBF16(a.z, a.w), PackBF16(b.x, b.y), PackBF16(b.z, b.w)}};
+  }
+};
+struct ReadBF16 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int row, int at) {
+    return FromVector(*reinterpret_cast<const uint4*>(p.half + static_cast<int64_t>(row) * p.in + at));
+  }
+};
+
+// Fragments of one slice: kOutTiles · 16 outputs of kRowTiles · 8 rows.
+template <int kOutTiles, int kRowTiles, class ReadX>
+__device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int slice,
+                                            float (&sums)[kOutTiles][kRowTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
+  const auto* weight = static_cast<const uint16_t*>(p.weight);
+  const int end = min(slice * kSlice + kSlice, p.in);
+#pragma unroll 4
+  for (int at = slice * kSlice + 8 * t; at - 8 * t < end; at += kChunk) {
+    const bool inside = at < end;
+    Row8 w[kOutTiles][2];
+#pragma unroll
+    for (int half = 0; half < 2 * kOutTiles; ++half) {
+      const int out = first_out + half * 8 + g;
+      uint4 loaded = make_uint4(0, 0, 0, 0);
+      if (inside && out < p.out) {
+        loaded = __ldcs(reinterpret_cast<const uint4*>(weight + static_cast<int64_t>(out) * p.in + at));
+      }
+      w[half / 2][half % 2] = FromVector(loaded);
+    }
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      const int row = n * 8 + g;
+      Row8 x = {{0, 0, 0, 0}};
+      if (inside && row < p.rows) x = ReadX::Load(p, row, at);
+#pragma unroll
+      for (int m = 0; m < kOutTiles; ++m) StepsOf(sums[m][n], w[m][0], w[m][1], x);
+    }
+  }
+}
+
+// A block computes kOutTiles · 16 outputs of all rows; p.rows <= kRowTiles · 8. Its warps take one slice each
+// of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
+template <int kOutTiles, int kRowTiles, class ReadX>
+__global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
+  constexpr int kOuts = kOutTiles * 16, kSums = kOuts * kRowTiles * 8;
+  constexpr int kPerThread = (kSums + kThreads - 1) / kThreads;
+  SharedArena arena;
+  const Shared<float> partial = arena.Take<float>(2 * kWarps * kSums);
+  const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, lane = me % kWarpSize;
+  const int first_out = static_cast<int>(blockIdx.x) * kOuts;
+  const int slices = CeilDiv(p.in, kSlice);
+  float totals[kPerThread] = {};
+  for (int round = 0; round * kWarps < slices; ++round) {
+    const int buffer = round % 2 * kWarps * kSums;
+    if (round * kWarps + warp < slices) {
+      float sums[kOutTiles][kRowTiles][4] = {};
+      SkinnySlice<kOutTiles, kRowTiles, ReadX>(p, first_out, round * kWarps + warp, sums);
+#pragma unroll
+      for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
+        // Fragment element i of all lanes lies side by side.
+        partial[buffer + warp * kSums + i * kWarpSize + lane] =
+            sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4];
+      }
+    }
+    __syncthreads();
+    const int full = min(kWarps, slices - round * kWarps);
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const int at = me + k * kThreads;
+      if (at >= kSums) continue;
+      for (int w = 0; w < full; ++w) totals[k] += partial[buffer + w * kSums + at];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kPerThread; ++k) {
+    const int at = me + k * kThreads;
+    if (at >= kSums) continue;
+    const int element = at / kWarpSize % 4, tile = at / kWarpSize / 4, g = at % kWarpSize / 4, t = at % 4;
+    WriteOne(p, tile % kRowTiles * 8 + 2 * t + element % 2,
+             first_out + tile / kRowTiles * 16 + g + element / 2 * 8, totals[k]);
+  }
+}
+
+constexpr int kStages = 3;
+constexpr int kDepth = 64;            // of a stage
+constexpr int kVectors = kDepth / 8;  // 16-byte vectors of a row of a stage
+
+// Where vector v of row r lies: a row is all 32 banks, and the four vectors that odd rows are asked for are
+// moved out of the way of the even rows'.
+__device__ __forceinline__ int TileIndex(int row, int vector) {
+  return row * kDepth + (vector ^ (row % 2 * 4)) * 8;
+}
+
+// Rows [first, first + kRows) of a [rows, in] matrix, elements [at, at + kDepth), zeros outside.
+template <int kRows>
+__device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offset, const uint16_t* from,
+                                         int rows, int in, int first, int at) {
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
+    const int row = i / kVectors, vector = i % kVectors;
+    const bool inside = first + row < rows && at + vector * 8 < in;
+    const int64_t source = inside ? static_cast<int64_t>(first + row) * in + at + vector * 8 : 0;
+    CpAsync16(tile, offset + TileIndex(row, vector), from + source, inside);
+  }
+}
+
+// Eight warps, 4 by 2, of kOutTiles · 16 outputs and kRowTiles · 8 rows each.
+template <int kOutTiles, int kRowTiles>
+struct Tile {
+  static constexpr int kOuts = 4 * kOutTiles * 16;
+  static constexpr int kRows = 2 * kRowTiles * 8;
+  static constexpr int kStageElements = (kOuts + kRows) * kDepth;
+};
+
+// One stage's products.
+template <int kOutTiles, int kRowTiles>
+__device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int offset,
+                                           float (&sums)[kOutTiles][kRowTiles][4]) {
+  using T = Tile<kOutTiles, kRowTiles>;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
+            lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int g = lane / 4, t = lane % 4;
+  const int out = warp / 2 * kOutTiles * 16 + g, row = warp % 2 * kRowTiles * 8 + g;
+  const auto load = [&](int base, int r, int vector) {
+    return FromVector(tiles.LoadAs<uint4>(base + TileIndex(r, vector)));
+  };
+#pragma unroll
+  for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
+    Row8 w[kOutTiles][2];
+#pragma unroll
+    for (int m = 0; m < 2 * kOutTiles; ++m) w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
+#pragma unroll
+    for (int n = 0; n < kRowTiles; ++n) {
+      const Row8 x = load(offset + T::kOuts * kDepth, row + n * 8, chunk * 4 + t);
+#pragma unroll
+      for (int m = 0; m < kOutTiles; ++m) StepsOf(sums[m][n], w[m][0], w[m][1], x);
+    }
+  }
+}
+
+// Grid: (blocks of rows, blocks of outputs): neighbours share W.
+template <int kOutTiles, int kRowTiles>
+__global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
+  using T = Tile<kOutTiles, kRowTiles>;
+  SharedArena arena;
+  const Shared<uint16_t> tiles = arena.Take<uint16_t>(kStages * T::kStageElements);
+  const int first_row = static_cast<int>(blockIdx.x) * T::kRows,
+            first_out = static_cast<int>(blockIdx.y) * T::kOuts;
+  const int steps = CeilDiv(p.in, kDepth);
+  const auto fetch = [&](int step) {
+    if (step < steps) {
+      const int offset = step % kStages * T::kStageElements;
+      CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
+                         step * kDepth);
+      CopyTile<T::kRows>(tiles, offset + T::kOuts * kDepth, p.half, p.rows, p.in, first_row, step * kDepth);
+    }
+    CpAsyncCommit();  // an empty group too: the count of groups is what is waited for
+  };
+  float totals[kOutTiles][kRowTiles][4] = {};
+  float sums[kOutTiles][kRowTiles][4] = {};
+  for (int step = 0; step < kStages - 1; ++step) fetch(step);
+  for (int step = 0; step < steps; ++step) {
+    CpAsyncWait<kStages - 2>();
+    __syncthreads();  // this step's stage is there for all, and all have left the stage that is fetched next
+    fetch(step + kStages - 1);
+    TiledSteps<kOutTiles, kRowTiles>(tiles, step % kStages * T::kStageElements, sums);
+    if ((step + 1) % (kSlice / kDepth) != 0 && step + 1 != steps) continue;
+#pragma unroll
+    for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
+      totals[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4] +=
+          sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4];
+      sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4] = 0;
+    }
+  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
+            lane = static_cast<int>(threadIdx.x) % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
+    const int m = i / 4 / kRowTiles, n = i / 4 % kRowTiles, element = i % 4;
+    WriteOne(p, first_row + (warp % 2 * kRowTiles + n) * 8 + lane % 4 * 2 + element % 2,
+             first_out + (warp / 2 * kOutTiles + m) * 16 + lane / 4 + element / 2 * 8, totals[m][n][element]);
+  }
+}
+
+// count: a multiple of 8.
+__global__ void __launch_bounds__(kThreads) RoundKernel(const float* x, uint16_t* half, int64_t count) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 8;
+  if (at >= count) return;
+  const float4 a = *reinterpret_cast<const float4*>(x + at), b = *reinterpret_cast<const float4*>(x + at + 4);
+  *reinterpret_cast<uint4*>(half + at) =
+      make_uint4(PackBF16(a.x, a.y), PackBF16(a.z, a.w), PackBF16(b.x, b.y), PackBF16(b.z, b.w));
+}
+
+constexpr int kPlainTile = 32;  // rows and outputs of a block, and its depth
+
+struct PlainF32 {
+  using Stored = float;
+  static __device__ __forceinline__ float Value(float stored) { return stored; }
+};
+struct PlainBF16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
+};
+struct PlainF16 {
+  using Stored = uint16_t;
+  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
+};
+
+// fp32 products for every weight type and shape. A thread has one output of four rows.
+template <class Weight>
+__global__ void __launch_bounds__(kThreads) PlainKernel(Problem p) {
+  constexpr int kStride = kPlainTile + 1, kRowsPerThread = kPlainTile * kPlainTile / kThreads;
+  SharedArena arena;
+  const Shared<float> xs = arena.Take<float>(kPlainTile * kStride);
+  const Shared<float> ws = arena.Take<float>(kPlainTile * kStride);
+  const int column = static_cast<int>(threadIdx.x) % kPlainTile,
+            band = static_cast<int>(threadIdx.x) / kPlainTile;
+  const int first_row = static_cast<int>(blockIdx.x) * kPlainTile,
+            first_out = static_cast<int>(blockIdx.y) * kPlainTile;
+  const auto* weight = static_cast<const typename Weight::Stored*>(p.weight);
+  float sums[kRowsPerThread] = {};
+  for (int at = 0; at < p.in; at += kPlainTile) {
+    const int k = at + column;
+#pragma unroll
+    for (int i = band; i < kPlainTile; i += kThreads / kPlainTile) {
+      const int row = first_row + i, out = first_out + i;
+      xs[i * kStride + column] = row < p.rows && k < p.in ? p.x[static_cast<int64_t>(row) * p.in + k] : 0.0f;
+      ws[i * kStride + column] =
+          out < p.out && k < p.in ? Weight::Value(weight[static_cast<int64_t>(out) * p.in + k]) : 0.0f;
+    }
+    __syncthreads();
+    for (int d = 0; d < min(kPlainTile, p.in - at); ++d) {
+      const float w = ws[column * kStride + d];
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) sums[r] += xs[(band * kRowsPerThread + r) * kStride + d] * w;
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    WriteOne(p, first_row + band * kRowsPerThread + r, first_out + column, sums[r]);
+  }
+}
+
+template <class Weight>
+cudaError_t Plain(const OpContext& context, const Problem& p) {
+  const dim3 grid(static_cast<unsigned>(CeilDiv(p.rows, kPlainTile)),
+                  static_cast<unsigned>(CeilDiv(p.out, kPlainTile)));
+  return Launch("MatMul plain", PlainKernel<Weight>, grid, dim3(kThreads),
+                2 * SharedBytes<float>(kPlainTile * (kPlainTile + 1)), context.stream, p);
+}
+
+template <int kOutTiles, int kRowTiles, class ReadX>
+cudaError_t Skinny(const OpContext& context, const Problem& p) {
+  constexpr int kOuts = kOutTiles * 16;
+  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX>,
+                dim3(static_cast<unsigned>(CeilDiv(p.out, kOuts))), dim3(kThreads),
+                SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, p);
+}
+
+template <int kOutTiles, int kRowTiles>
+cudaError_t Tiled(const OpContext& context, const Problem& p) {
+  using T = Tile<kOutTiles, kRowTiles>;
+  return Launch(
+      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles>,
+      dim3(static_cast<unsigned>(CeilDiv(p.rows, T::kRows)), static_cast<unsigned>(CeilDiv(p.out, T::kOuts))),
+      dim3(kThreads), SharedBytes<uint16_t>(kStages * T::kStageElements), context.stream, p);
+}
+
+// Up to here x is read as fp32, and a copy would cost a launch more; up to here W is what takes the time;
+// from here on there are enough large tiles to go round.
+constexpr int kMostRowsAsTheyAre = 16;
+constexpr int kMostSkinnyRows = 32;
+constexpr int kMostRowsOfSmallTiles = 256;
+
+cudaError_t TensorCores(const OpContext& context, Problem p) {
+  if (p.rows <= 8) return Skinny<1, 1, ReadF32>(context, p);
+  if (p.rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32>(context, p);
+  const int64_t count = static_cast<int64_t>(p.rows) * p.in;
+  cudaError_t error;
+  auto* half = static_cast<uint16_t*>(
+      context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), context.stream, &error));
+  if (half == nullptr) return error;
+  const auto blocks = static_cast<unsigned>(CeilDiv<int64_t, int64_t>(count, kThreads * 8));
+  error =
+      Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, p.x, half, count);
+  if (error != cudaSuccess) return error;
+  p.half = half;
+  if (p.rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16>(context, p);
+  if (p.rows <= kMostRowsOfSmallTiles) return Tiled<1, 4>(context, p);
+  return Tiled<2, 8>(context, p);
+}
+
+}  // namespace
+
+cudaError_t MatMul(const OpContext& context, const MatMulArgs& args) {
+  if (args.rows == 0) return cudaSuccess;
+  const Problem p = {args.x,
+                     nullptr,
+                     args.weight.data,
+                     args.bias,
+                     args.y,
+                     static_cast<int>(args.rows),
+                     static_cast<int>(args.weight.cols),
+                     static_cast<int>(args.weight.rows),
+                     args.accumulate};
+  if (args.weight.dtype == DType::kBF16) {
+    return p.in % 8 == 0 ? TensorCores(context, p) : Plain<PlainBF16>(context, p);
+  }
+  return args.weight.dtype == DType::kF16 ? Plain<PlainF16>(context, p) : Plain<PlainF32>(context, p);
+}
+
+}  // namespace atp::cuda

@@ -1,0 +1,38 @@
+// The ops, one .cu file each. They check nothing, allocate nothing but growth of `workspace` and `staging`,
+// and return as soon as their kernels are queued. The first error of an op is its result.
+#ifndef ATP_KERNELS_CUDA_OPS_H_
+#define ATP_KERNELS_CUDA_OPS_H_
+
+#include <cuda_runtime.h>
+
+#include "kernels/cuda/staging.h"
+#include "kernels/op_args.h"
+
+namespace atp::cuda {
+
+// Attention keeps the sums of a head in registers.
+inline constexpr int kMaxHeadDim = 128;
+
+struct OpContext {
+  cudaStream_t stream = nullptr;
+  int multiprocessors = 0;
+  int compute_capability = 0;  // 80, 89, 90, …
+  size_t shared_bytes = 0;     // the most that a block may have
+  Staging* staging = nullptr;
+  Workspace* workspace = nullptr;
+};
+
+cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args);      // gather.cu
+cudaError_t MatMul(const OpContext& context, const MatMulArgs& args);              // matmul.cu
+cudaError_t RmsNorm(const OpContext& context, const RmsNormArgs& args);            // norm.cu
+cudaError_t Rope(const OpContext& context, const RopeArgs& args);                  // rope.cu
+cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);              // activation.cu
+cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args);            // kv_store.cu
+cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args);  // kv_store.cu
+cudaError_t Attention(const OpContext& context, const AttentionArgs& args);        // attention.cu
+// Reports are written by Staging::Reset(), once the stream has been synchronized.
+cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args);  // principal_fit.cu
+
+}  // namespace atp::cuda
+
+#endif  // ATP_KERNELS_CUDA_OPS_H_

@@ -1,0 +1,108 @@
+// Single elements of KV pages, for kernels that go through them once in a while.
+#ifndef ATP_KERNELS_CUDA_PRINCIPAL_PAGES_CUH_
+#define ATP_KERNELS_CUDA_PRINCIPAL_PAGES_CUH_
+
+#include "kernels/cuda/kv_tables.h"
+#include "kernels/cuda/launch.h"
+
+namespace atp::cuda {
+
+__device__ __forceinline__ float ScaleAt(const std::byte* block, uint32_t offset, int entry) {
+  return BF16ToFloat(reinterpret_cast<const uint16_t*>(block + offset)[entry]);
+}
+
+// Element `index` of an array of keys or values, times its entry's scale in integer formats.
+__device__ __forceinline__ float ElementAt(const std::byte* array, KvFormat format, int index, float scale) {
+  switch (format) {
+    case KvFormat::kF32:
+      return reinterpret_cast<const float*>(array)[index];
+    case KvFormat::kBF16:
+      return BF16ToFloat(reinterpret_cast<const uint16_t*>(array)[index]);
+    case KvFormat::kInt8:
+      return static_cast<float>(reinterpret_cast<const int8_t*>(array)[index]) * scale;
+    case KvFormat::kInt4: {
+      const int byte = static_cast<int>(array[index / 2]);
+      const int half = index % 2 == 0 ? byte & 15 : byte >> 4;
+      return static_cast<float>(half >= 8 ? half - 16 : half) * scale;
+    }
+  }
+  return 0;
+}
+
+// Symmetric quantisation as KvPage::Store does it, to the last bit: the scale is rounded up to bf16.
+__device__ __forceinline__ uint16_t ScaleBits(float largest, int top) {
+  if (!(largest > 0) || largest > 3.402823466e38f) return 0;
+  const float wanted = largest / static_cast<float>(top);
+  uint16_t bits = FloatToBF16(wanted);
+  if (BF16ToFloat(bits) < wanted) ++bits;
+  return bits;
+}
+__device__ __forceinline__ int Quantized(float x, float scale, int top) {
+  if (scale == 0) return 0;
+  return static_cast<int>(
+      fminf(fmaxf(rintf(x / scale), static_cast<float>(-top - 1)), static_cast<float>(top)));
+}
+
+// Writes `entries` entries of a block by all threads of the thread block. key(entry, dimension) and
+// value(entry, dimension) give fp32, mass(entry) the log mass; entries are the block's own.
+template <class Key, class Value, class Mass>
+__device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* block, int threads,
+                                          const Key& key, const Value& value, const Mass& mass) {
+  const int me = static_cast<int>(threadIdx.x), lane = me % kWarpSize, d = page.head_dim;
+  const bool integer = IsInteger(page.format);
+  const int top = page.format == KvFormat::kInt8 ? 127 : 7;
+  auto* key_scales = reinterpret_cast<uint16_t*>(block + page.key_scale_offset);
+  auto* value_scales = reinterpret_cast<uint16_t*>(block + page.value_scale_offset);
+#pragma unroll 1
+  for (int e = me / kWarpSize; e < page.entries; e += threads / kWarpSize) {
+    if (integer) {
+      float largest_key = 0, largest_value = 0;
+      for (int i = lane; i < d; i += kWarpSize) {
+        largest_key = fmaxf(largest_key, fabsf(key(e, i)));
+        largest_value = fmaxf(largest_value, fabsf(value(e, i)));
+      }
+      largest_key = WarpMax(largest_key), largest_value = WarpMax(largest_value);
+      if (lane == 0)
+        key_scales[e] = ScaleBits(largest_key, top), value_scales[e] = ScaleBits(largest_value, top);
+    }
+    if (lane == 0 && page.with_log_mass) reinterpret_cast<float*>(block + page.log_mass_offset)[e] = mass(e);
+  }
+  __syncthreads();
+  if (page.format == KvFormat::kInt4) {
+    // A byte is two entries' keys, or two dimensions' values: one thread writes both.
+#pragma unroll 1
+    for (int i = me; i < page.entries * d / 2; i += threads) {
+      const int row = i / (page.entries / 2), at = i % (page.entries / 2), e = at / 8 * 16 + at % 8;
+      const int low = Quantized(key(e, row), BF16ToFloat(key_scales[e]), top);
+      const int high = Quantized(key(e + 8, row), BF16ToFloat(key_scales[e + 8]), top);
+      block[i] = static_cast<std::byte>((low & 15) | (high & 15) << 4);
+      const int entry = i / (d / 2), dimension = i % (d / 2);
+      const float scale = BF16ToFloat(value_scales[entry]);
+      const int first = Quantized(value(entry, dimension), scale, top);
+      const int second = Quantized(value(entry, dimension + d / 2), scale, top);
+      block[page.value_offset + static_cast<uint32_t>(i)] =
+          static_cast<std::byte>((first & 15) | (second & 15) << 4);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = me; i < 2 * page.entries * d; i += threads) {
+    const bool is_key = i < page.entries * d;
+    const int at = is_key ? i : i - page.entries * d;
+    const int entry = is_key ? at % page.entries : at / d;
+    const float x = is_key ? key(entry, at / page.entries) : value(entry, at % d);
+    std::byte* array = is_key ? block : block + page.value_offset;
+    if (page.format == KvFormat::kF32) {
+      reinterpret_cast<float*>(array)[at] = x;
+    } else if (page.format == KvFormat::kBF16) {
+      reinterpret_cast<uint16_t*>(array)[at] = FloatToBF16(x);
+    } else {
+      const float scale = BF16ToFloat((is_key ? key_scales : value_scales)[entry]);
+      array[at] = static_cast<std::byte>(Quantized(x, scale, top));
+    }
+  }
+}
+
+}  // namespace atp::cuda
+
+#endif  // ATP_KERNELS_CUDA_PRINCIPAL_PAGES_CUH_

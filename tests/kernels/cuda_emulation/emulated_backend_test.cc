@@ -1,0 +1,95 @@
+// What the cuda backend says and does beside its ops: memory, and errors that name op and shapes.
+#include "tests/kernels/cuda_emulation/emulated_backend.h"
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/kernels/op_problems.h"
+
+namespace atp {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+TEST(EmulatedBackend, MemoryIsZeroedAndAligned) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  for (const size_t bytes : {size_t{0}, size_t{1}, size_t{4097}}) {
+    const absl::StatusOr<Buffer> buffer = backend->Allocate(bytes);
+    ASSERT_TRUE(buffer.ok()) << buffer.status();
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer->data()) % 64, 0u);
+    std::vector<std::byte> host(bytes, std::byte{1});
+    backend->CopyToHost(host.data(), buffer->data(), bytes);
+    EXPECT_EQ(host, std::vector<std::byte>(bytes));
+  }
+  EXPECT_GT(backend->FreeMemoryBytes(), 0u);
+}
+
+TEST(EmulatedBackend, TooMuchMemoryNamesBytesAndWhatToDo) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const absl::Status status = backend->Allocate(size_t{1} << 60).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(
+      std::string(status.message()),
+      AllOf(HasSubstr(std::to_string(size_t{1} << 60)), HasSubstr("bytes are free"),
+            HasSubstr(std::to_string(backend->FreeMemoryBytes())), HasSubstr("kv_cache.memory_bytes")));
+  EXPECT_TRUE(backend->Synchronize().ok());
+}
+
+TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  std::vector<float> values(5'000'001);  // three of the uploader's buffers
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i);
+  const absl::StatusOr<Weight> weight =
+      backend->LoadWeight({values.data(), DType::kF32, 1, static_cast<int64_t>(values.size())}, DType::kF32);
+  ASSERT_TRUE(weight.ok()) << weight.status();
+  std::vector<float> back(values.size());
+  backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
+  EXPECT_TRUE(back == values);
+}
+
+TEST(EmulatedBackend, QuantizedWeightsBecomeBf16) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  Random random(TestSeed());
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K, DType::kF32}) {
+    // More than one of the uploader's buffers, and its last run is not a whole one.
+    const Matrix matrix = RandomMatrix(random, dtype, 4099, 1280);
+    const DType kept = IsQuantized(dtype) ? dtype : DType::kQ4;  // as the file has it, or as it was asked for
+    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, kept);
+    ASSERT_TRUE(weight.ok()) << weight.status();
+    ASSERT_EQ(weight->view.dtype, DType::kBF16);
+    std::vector<uint16_t> back(weight->view.bytes() / sizeof(uint16_t)), expected(back.size());
+    backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
+    const std::vector<float> values = matrix.Values();
+    for (size_t i = 0; i < values.size(); ++i) expected[i] = FloatToBF16(values[i]);
+    EXPECT_TRUE(back == expected) << Name(dtype);
+  }
+}
+
+TEST(EmulatedBackend, ImpossibleConversionsAreRefused) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const std::vector<float> values(48);
+  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K}) {  // 48 is no whole blocks; no such conversion
+    const absl::Status status = backend->LoadWeight({values.data(), DType::kF32, 1, 48}, dtype).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  }
+}
+
+// The last test here: as on a device, a failed launch stays with the process.
+TEST(EmulatedBackend, ZErrorsNameOpAndShapes) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const int head_dim = 40000;  // its angles are more than shared memory
+  const Buffer x = backend->Allocate(head_dim * sizeof(float)).value();
+  const std::vector<int32_t> positions = {3};
+  backend->Rope({x.as<float>(), positions, x.as<float>(), 1, head_dim});
+  const absl::Status status = backend->Synchronize();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("Rope of 1 rows of 1 heads of 40000"), HasSubstr("cannot launch")));
+}
+
+}  // namespace
+}  // namespace atp

@@ -1,0 +1,148 @@
+#include "tests/kernels/cuda_emulation/runtime_api.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "tests/kernels/cuda_emulation/cuda_runtime.h"
+
+namespace {
+
+constexpr size_t kDeviceBytes = size_t{4} << 30;
+
+std::string& Found() {
+  static std::string found;
+  return found;
+}
+
+cudaError_t AllocateMemory(void** data, size_t bytes) {
+  *data = nullptr;
+  if (bytes > kDeviceBytes) return cudaErrorMemoryAllocation;
+  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256 + 256);
+  if (*data == nullptr) return cudaErrorMemoryAllocation;
+  // Fresh memory is NaN to whoever reads it.
+  std::memset(*data, 0xff, bytes < (1 << 20) ? bytes : (1 << 20));
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  std::strcpy(properties->name, "emulated");
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = atp::emulation::kMultiprocessors, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = 8, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = 9, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = static_cast<int>(atp::emulation::kMaxSharedBytes), cudaSuccess;
+  }
+  return cudaErrorInvalidValue;
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = kDeviceBytes, cudaSuccess; }
+cudaError_t cudaMalloc(void** data, size_t bytes) { return AllocateMemory(data, bytes); }
+cudaError_t cudaFree(void* data) { return std::free(data), cudaSuccess; }
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) { return AllocateMemory(data, bytes); }
+cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (bytes != 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (bytes != 0) std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return *stream = nullptr, cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return Found().empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = nullptr, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return Found().empty() ? cudaSuccess : cudaErrorLaunchFailure; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorLaunchFailure";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : Found().c_str();
+}
+
+namespace atp::emulation {
+
+// As on a device, the first error stays.
+cudaError_t LaunchResult(std::string found) {
+  if (found.empty()) return cudaSuccess;
+  if (Found().empty()) Found() = std::move(found);
+  return cudaErrorLaunchFailure;
+}
+
+}  // namespace atp::emulation
+
+namespace atp::cuda {
+namespace {
+
+float Element(const uint32_t* pairs, int index) {
+  const uint32_t pair = pairs[index / 2];
+  return std::bit_cast<float>(index % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
+}
+
+}  // namespace
+
+// A[row][k] is in lane (row % 8) * 4 + k % 8 / 2; B[k][column] in lane column * 4 + k % 8 / 2.
+void MmaBF16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const char* file, int line) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  const std::byte* all = emulation::Exchange("mma", mine, sizeof(mine), file, line);
+  uint32_t lanes[32][6];
+  std::memcpy(lanes, all, sizeof(lanes));
+  const int lane = emulation::Lane(), g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int half = i / 2, column = 2 * t + i % 2;  // half: row g or g + 8
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) {
+      const int a_register = half + 2 * (k / 8), b_register = 4 + k / 8;
+      const float x = Element(&lanes[g * 4 + k % 8 / 2][a_register], k % 2);
+      const float y = Element(&lanes[column * 4 + k % 8 / 2][b_register], k % 2);
+      sum += x * y;
+    }
+    c[i] += sum;
+  }
+}
+
+namespace emulated {
+
+void LdMatrix4(uint32_t (&out)[4], const uint4& row, bool transposed, const char* file, int line) {
+  const std::byte* all = emulation::Exchange("ldmatrix", &row, sizeof(row), file, line);
+  uint16_t rows[32][8];
+  std::memcpy(rows, all, sizeof(rows));
+  const int g = emulation::Lane() / 4, t = emulation::Lane() % 4;
+  for (int j = 0; j < 4; ++j) {
+    const auto* matrix = rows + 8 * j;
+    const uint32_t low = transposed ? matrix[2 * t][g] : matrix[g][2 * t];
+    const uint32_t high = transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+    out[j] = low | high << 16;
+  }
+}
+
+}  // namespace emulated
+
+uint32_t PackBF16(float low, float high) {
+  const auto bits = [](float value) -> uint32_t {
+    const uint32_t raw = std::bit_cast<uint32_t>(value);
+    if ((raw & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return (raw + 0x7fffu + (raw >> 16 & 1u)) >> 16;
+  };
+  return bits(low) | bits(high) << 16;
+}
+
+}  // namespace atp::cuda
