@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "engine/block_table.h"
+#include "kernels/host_memory.h"
 
 namespace atp {
 namespace {
@@ -87,7 +88,7 @@ struct LlamaModel::Activations {
   Buffer last;                        // [logit_rows, hidden]
   Buffer logits;                      // [logit_rows, vocab]
   Buffer inverse_frequency;           // [head_dim / 2]
-  std::vector<float> host_logits;     // [logit_rows, vocab]
+  Buffer host_logits;                 // [logit_rows, vocab]; pages that no step reaches take no memory
   std::vector<KvSequence> sequences;  // scratch: the batch's entries as ops see them, in one layer
 };
 
@@ -171,7 +172,9 @@ absl::Status LlamaModel::AllocateActivations() {
   if (!status.ok()) return status;
   backend_->CopyToDevice(a.inverse_frequency.data(), config_.inverse_frequency.data(),
                          a.inverse_frequency.bytes());
-  a.host_logits.resize(static_cast<size_t>(limits_.max_logit_rows) * static_cast<size_t>(config_.vocab_size));
+  absl::StatusOr<Buffer> host_logits = AllocateHostMemory(a.logits.bytes());
+  if (!host_logits.ok()) return host_logits.status();
+  a.host_logits = *std::move(host_logits);
   a.sequences.reserve(static_cast<size_t>(limits_.max_batch_entries));
   return absl::OkStatus();
 }
@@ -238,7 +241,7 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     backend_->CopyToHost(a.host_logits.data(), a.logits.data(), logits * sizeof(float));
   }
   if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
-  return std::span<const float>(a.host_logits.data(), logits);
+  return std::span<const float>(a.host_logits.as<float>(), logits);
 }
 
 // Linear layers that read the same x [rows, in]. Rows of whole segments whose plan says so go through a
@@ -246,11 +249,13 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
 void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
                            std::span<const Linear> linears) {
   const auto exact = [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    bool same_x = false;
     for (const Linear& l : linears) {
-      if (begin == end) return;
       const int64_t out = l.weight->view.rows;
       backend_->MatMul({x + begin * in, l.weight->view, static_cast<const float*>(l.bias->view.data),
-                        l.y + begin * out, end - begin, l.accumulate});
+                        l.y + begin * out, end - begin, l.accumulate, same_x});
+      same_x = true;
     }
   };
   float* const left = activations_->low_left.as<float>();

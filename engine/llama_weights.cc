@@ -30,8 +30,8 @@ struct Item {
   StoredTensor tensor = {};  // set once found and checked
 };
 
-// Every tensor of the model by its Hugging Face name, in the order of use. `absent`: names that must not be
-// there, because a bias that config.json does not announce would silently be left out.
+// Every tensor of the model by its Hugging Face name, in the order of loading. `absent`: names that must not
+// be there, because a bias that config.json does not announce would silently be left out.
 struct Plan {
   std::vector<Item> items;
   std::vector<std::string> absent;
@@ -84,13 +84,15 @@ void PlanLayer(const LlamaConfig& config, int index, LlamaLayerWeights* layer, P
 Plan MakePlan(const LlamaConfig& config, LlamaWeights* weights) {
   Plan plan;
   plan.Matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, &weights->embedding);
+  // Among the first, because while a matrix is loaded its pages in the file count as ours too: the largest
+  // must not come on top of all others.
+  if (!config.tied_embeddings) {
+    plan.Matrix("lm_head.weight", config.vocab_size, config.hidden_size, &weights->lm_head_memory);
+  }
   weights->layers.resize(static_cast<size_t>(config.layers));
   for (int i = 0; i < config.layers; ++i)
     PlanLayer(config, i, &weights->layers[static_cast<size_t>(i)], &plan);
   plan.Vector("model.norm.weight", config.hidden_size, &weights->final_norm);
-  if (!config.tied_embeddings) {
-    plan.Matrix("lm_head.weight", config.vocab_size, config.hidden_size, &weights->lm_head_memory);
-  }
   return plan;
 }
 
@@ -173,7 +175,14 @@ void FaultIn(std::span<const std::byte> data, const Report& report) {
   madvise(const_cast<std::byte*>(data.data()) - into_page, data.size() + into_page, MADV_WILLNEED);
   for (size_t begin = 0; begin < data.size(); begin += kStretchBytes) {
     const size_t end = std::min(begin + kStretchBytes, data.size());
-    for (size_t i = begin; i < end; i += page) {
+    bool present = false;
+#ifdef MADV_POPULATE_READ
+    // One call where the kernel knows it (5.14), instead of a fault for every few pages.
+    const size_t before = (into_page + begin) % page;
+    present = madvise(const_cast<std::byte*>(data.data()) + begin - before, end - begin + before,
+                      MADV_POPULATE_READ) == 0;
+#endif
+    for (size_t i = begin; i < end && !present; i += page) {
       [[maybe_unused]] const volatile std::byte touched = data[i];
     }
     report(end - begin);

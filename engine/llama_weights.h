@@ -56,7 +56,7 @@ struct LlamaTensor {
   StoredTensor stored;
   int rotary_head_dim = 0;  // rows are those of queries or keys, in heads of this size; 0: of neither
 };
-// All of them, in the order of use. Errors as below.
+// All of them, in the order of loading. Errors as below.
 absl::StatusOr<std::vector<LlamaTensor>> FindLlamaTensors(const WeightSource& source,
                                                           const LlamaConfig& config);
 

@@ -353,8 +353,13 @@ class CpuBackend final : public Backend {
     const int64_t cols = args.weight.cols;
     PackedRows rows{};
     // As many tiles as the largest would make, all about as large.
-    const int64_t tiles = std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
+    const int64_t tiles =
+        args.rows <= kernel.few_rows ? 1 : std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
     rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
+    if (args.same_x && packed_.kernel == &kernel && packed_.x == args.x && packed_.rows == args.rows &&
+        packed_.cols == cols) {
+      return packed_.form;
+    }
     rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
     const int64_t words = args.rows * rows.words_per_row;
     rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
@@ -366,6 +371,7 @@ class CpuBackend final : public Backend {
     }
     ForRows(tiles, rows.tile_rows * cols,
             [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
+    packed_ = {&kernel, args.x, args.rows, cols, rows};
     return rows;
   }
 
@@ -412,7 +418,13 @@ class CpuBackend final : public Backend {
   const MatMulKernel int8_matmul_;
   MatMulKernel bf16_matmul_;
   double int8_matmul_speed_;
-  Scratch row_words_, row_block_words_;  // x of the product in progress
+  Scratch row_words_, row_block_words_;  // x of the last product
+  struct {
+    const MatMulKernel* kernel;
+    const float* x;
+    int64_t rows, cols;
+    PackedRows form;
+  } packed_ = {};  // what they hold
   const RmsNormFn rms_norm_;
   const GatherRowsFn gather_rows_;
   const SwiGluFn swiglu_;

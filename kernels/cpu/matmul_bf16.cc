@@ -136,7 +136,7 @@ namespace HWY_NAMESPACE {
 
 MatMulKernel BF16Kernel() {
 #if HWY_TARGET == HWY_AVX3
-  return {RowForm::kBF16, kTileRows, 2, PackPairs, MultiplyPairs};
+  return {RowForm::kBF16, kTileRows, kTileRows, 2, PackPairs, MultiplyPairs};
 #else
   return {};
 #endif

@@ -204,7 +204,7 @@ void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int
   }
 }
 
-MatMulKernel FloatKernel() { return {RowForm::kF32, kTileRows, 4, PackRows, Multiply}; }
+MatMulKernel FloatKernel() { return {RowForm::kF32, kTileRows, kTileRows, 4, PackRows, Multiply}; }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE

@@ -4,13 +4,15 @@
 // Rows of a tile: as many as the registers hold sums for.
 #if HWY_TARGET == HWY_AVX3
 constexpr int kTileRows = 6;
+constexpr int kFewRows = 8;  // times one panel
 #else
 constexpr int kTileRows = 2;
+constexpr int kFewRows = 2;
 #endif
 // Blocks of 32 per slice of k: a pair of unpacked panels and a tile's x stay in the first-level cache.
-constexpr int64_t kSliceBlocks = 16;
+constexpr int64_t kSliceBlocks = 24;
 // How far ahead weights are asked for: about memory's latency times a core's share of its bandwidth.
-constexpr int64_t kPrefetchBlocks = kSliceBlocks;
+constexpr int64_t kPrefetchBlocks = 16;
 
 // Four products per lane of a unit of weights (0..255) and a row's four elements.
 #if ATP_DOT8
@@ -335,7 +337,7 @@ void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart
     for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
       const Packed loaders[1] = {Packed(layout, panel_at(panel))};
       for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
-        WithRows<kTileRows>(
+        WithRows<kFewRows>(
             part.row_end - part.row_begin,
             TileProduct<1, Packed>{
                 args, rows, loaders, {part.row_begin, panel, b == 0}, b, std::min(b + kSliceBlocks, blocks)});
@@ -424,33 +426,45 @@ HWY_INLINE void PutAbout(const QuantizedBlock& block, int64_t count, uint32_t* H
   about[kRowHalfSecond * count] = static_cast<uint32_t>(-32 * block.half_sums[1]);
 }
 
-void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) {
-  const int64_t cols = args.weight.cols;
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t first = t * rows.tile_rows;
-    const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - first);
-    for (int64_t b = 0; b < cols / kQuantBlock; ++b) {
-      uint32_t* about = rows.block_words + first * rows.block_words_per_row + b * kRowWords * count;
-      uint32_t* words = rows.words + first * rows.words_per_row + b * 8 * kDotWords * count;
-      for (int64_t r = 0; r < count; ++r) {
-        QuantizedBlock block;
-        QuantizeBlock(args.x + (first + r) * cols + b * kQuantBlock, block);
-        PutAbout(block, count, about + r);
-        for (int j = 0; j < 8; ++j) {
-          if constexpr (kDotWords == 1) {
-            std::memcpy(words + j * count + r, block.q + 4 * j, 4);
-          } else {
-            const auto pair = [&](int i) {
-              return (static_cast<uint32_t>(block.q[4 * j + i]) & 0xffffu) |
-                     static_cast<uint32_t>(block.q[4 * j + i + 2]) << 16;
-            };
-            words[2 * j * count + r] = pair(0);
-            words[(2 * j + 1) * count + r] = pair(1);
-          }
-        }
+// Row r of a tile of `count`, blocks [begin, end) of x. words, about: the tile's.
+HWY_INLINE void PackBlocks(const float* HWY_RESTRICT x, int64_t begin, int64_t end, int64_t count,
+                           uint32_t* HWY_RESTRICT words, uint32_t* HWY_RESTRICT about) {
+  for (int64_t b = begin; b < end; ++b) {
+    QuantizedBlock block;
+    QuantizeBlock(x + b * kQuantBlock, block);
+    PutAbout(block, count, about + b * kRowWords * count);
+    uint32_t* to = words + b * 8 * kDotWords * count;
+    for (int j = 0; j < 8; ++j) {
+      if constexpr (kDotWords == 1) {
+        std::memcpy(to + j * count, block.q + 4 * j, 4);
+      } else {
+        const auto pair = [&](int i) {
+          return (static_cast<uint32_t>(block.q[4 * j + i]) & 0xffffu) |
+                 static_cast<uint32_t>(block.q[4 * j + i + 2]) << 16;
+        };
+        to[2 * j * count] = pair(0);
+        to[(2 * j + 1) * count] = pair(1);
       }
     }
   }
 }
 
-constexpr MatMulKernel Kernel() { return {RowForm::kInt8, kTileRows, kDotWords, PackRows, Multiply}; }
+void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) {
+  const int64_t cols = args.weight.cols, blocks = cols / kQuantBlock;
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t first = t * rows.tile_rows;
+    const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - first);
+    // A stretch of each row in turn: x is read in long runs, and what is written stays in the cache.
+    for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
+      for (int64_t r = 0; r < count; ++r) {
+        PackBlocks(args.x + (first + r) * cols, b, std::min(b + kSliceBlocks, blocks), count,
+                   rows.words + first * rows.words_per_row + r,
+                   rows.block_words + first * rows.block_words_per_row + r);
+      }
+    }
+  }
+}
+
+constexpr MatMulKernel Kernel() {
+  return {RowForm::kInt8, kTileRows, kFewRows, kDotWords, PackRows, Multiply};
+}

@@ -42,7 +42,8 @@ struct MatMulPart {
 inline constexpr size_t kMatMulScratchBytes = 48 << 10;
 struct MatMulKernel {
   RowForm form = RowForm::kF32;
-  int tile_rows = 1;    // at most
+  int tile_rows = 1;    // at most,
+  int few_rows = 1;     // but so many rows, or fewer, are one tile: then weights are read once
   int words_per_4 = 4;  // words that four elements of x take
   // Tiles [begin, end).
   void (*pack_rows)(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int64_t end) = nullptr;

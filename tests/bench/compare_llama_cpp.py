@@ -13,6 +13,11 @@ llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 
     serve         1, 8 and 32 users at once, 256 tokens in and 128 out: tokens/s in total, and the 95th percentile of the
                   time to first token in seconds
 
+A row ends after --rounds rounds, or after the first one that ends past --row-seconds; "rounds" of a row says how many
+there were. The file is written anew after every row. About twelve minutes on two cores, at TinyLlama's shape:
+
+    compare_llama_cpp.py … --row-seconds 30 --serve-pairs q8/Q8_0 --waves 1 --atp-flags --set model.activation_dtype=bf16
+
 Both servers get the same number of threads, slots and positions. Needs Python's standard library only.
 """
 
@@ -153,25 +158,26 @@ class Server:
         return 0
 
 
-def prompt_of(index):
-    """256 token ids, another prompt for each user."""
-    return [3 + 256 + (index * 31 + i * 7) % 200 for i in range(256)]
+def prompt_of(index, tokens=256):
+    """Token ids, another prompt for each user."""
+    return [3 + 256 + (index * 31 + i * 7) % 200 for i in range(tokens)]
 
 
 def start_up(args, side, pair):
     with Server(args, side, pair, 1) as server:
         server.wait()
-        server.answer(prompt_of(0)[:8], 1)
+        server.answer(prompt_of(0, 8), 1)
         return {"start_s": time.monotonic() - server.started, "peak_rss_bytes": server.peak_rss_bytes()}
 
 
 def serve(args, side, pair, users):
     with Server(args, side, pair, users) as server:
         server.wait()
-        server.answer(prompt_of(99), 4)
+        server.answer(prompt_of(99, 32), 4)
         began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(users) as pool:
-            answers = list(pool.map(lambda i: server.answer(prompt_of(i), args.answer_tokens), range(users * 2)))
+            answers = list(pool.map(lambda i: server.answer(prompt_of(i, args.prompt_tokens), args.answer_tokens),
+                                    range(users * args.waves)))
         seconds = time.monotonic() - began
         firsts = sorted(first for first, _, _ in answers)
         return {"tokens_per_second": sum(count for _, _, count in answers) / seconds,
@@ -185,7 +191,10 @@ def serve(args, side, pair, users):
 def compared(args, labels, measure, better):
     """Both sides by turns; {"atp": {…}, "llama_cpp": {…}, "ratio": {…}} of medians. better: +1 more is better, -1 less."""
     samples = {"atp": [], "llama_cpp": []}
+    began = time.monotonic()
     for round_number in range(args.rounds):
+        if round_number > 0 and args.row_seconds and time.monotonic() - began > args.row_seconds:
+            break
         order = list(samples) if round_number % 2 == 0 else list(samples)[::-1]  # nobody is always first
         for side in order:
             samples[side].append(measure(side))
@@ -193,7 +202,7 @@ def compared(args, labels, measure, better):
     for side, values in samples.items():
         row[side] = {key: statistics.median(value[key] for value in values) for key in values[0]}
     row["ratio"] = {key: (row["atp"][key] / row["llama_cpp"][key]) ** better[key] for key in row["atp"]}
-    row["rounds"] = args.rounds
+    row["rounds"] = len(samples["atp"])
     print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
@@ -205,6 +214,21 @@ def rate_row(args, pair, phase, tokens):
     return compared(args, {"test": phase, "pair": pair, "tokens": tokens}, measure, {"tokens_per_second": 1})
 
 
+def rows_of(args):
+    for pair in args.pairs:
+        if "decode" in args.tests:
+            yield rate_row(args, pair, "decode", args.decode_tokens)
+        for tokens in args.prefill_tokens if "prefill" in args.tests else []:
+            yield rate_row(args, pair, "prefill", tokens)
+        if "start" in args.tests:
+            yield compared(args, {"test": "start", "pair": pair}, lambda side: start_up(args, side, pair),
+                           {"start_s": -1, "peak_rss_bytes": -1})
+        for users in args.users if "serve" in args.tests and pair in (args.serve_pairs or args.pairs) else []:
+            yield compared(args, {"test": "serve", "pair": pair, "users": users},
+                           lambda side: serve(args, side, pair, users),
+                           {"tokens_per_second": 1, "ttft_p95_s": -1, "peak_rss_bytes": -1})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--atp", type=pathlib.Path, required=True, help="the binary")
@@ -212,34 +236,29 @@ def main():
     parser.add_argument("--models", type=pathlib.Path, required=True, help="what random_model.py wrote")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--row-seconds", type=float, default=0, help="no further round of a row after so long; 0: all")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--serve-pairs", nargs="+", choices=PAIRS, help="of --pairs, for serve; default: all")
     parser.add_argument("--tests", nargs="+", choices=["decode", "prefill", "start", "serve"],
                         default=["decode", "prefill", "start", "serve"])
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--waves", type=int, default=2, help="requests per user, one after the other")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--answer-tokens", type=int, default=128)
     parser.add_argument("--kv-bytes", type=int, default=32 << 20, help="atp's cache per user")
     parser.add_argument("--atp-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to atp")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     args = parser.parse_args()
     make_missing(args)
-    rows = []
-    for pair in args.pairs:
-        if "decode" in args.tests:
-            rows.append(rate_row(args, pair, "decode", args.decode_tokens))
-        for tokens in args.prefill_tokens if "prefill" in args.tests else []:
-            rows.append(rate_row(args, pair, "prefill", tokens))
-        if "start" in args.tests:
-            rows.append(compared(args, {"test": "start", "pair": pair}, lambda side: start_up(args, side, pair),
-                                 {"start_s": -1, "peak_rss_bytes": -1}))
-        for users in args.users if "serve" in args.tests else []:
-            rows.append(compared(args, {"test": "serve", "pair": pair, "users": users},
-                                 lambda side: serve(args, side, pair, users),
-                                 {"tokens_per_second": 1, "ttft_p95_s": -1, "peak_rss_bytes": -1}))
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    version = output_of([args.atp, "--version"]).strip()
-    args.json.write_text(json.dumps({"cpu": cpu, "threads": args.threads, "atp": version, "rows": rows}, indent=1) + "\n")
+    flags = [pathlib.Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
+    report = {"command": " ".join(["compare_llama_cpp.py", *flags]), "date": time.strftime("%Y-%m-%d"), "cpu": cpu,
+              "threads": args.threads, "atp": output_of([args.atp, "--version"]).strip(), "rows": []}
+    for row in rows_of(args):
+        report["rows"].append(row)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,26 @@ TEST_P(BatchInvariance, MatMul) {
   }
 }
 
+// Rows that are already in a kernel's form give what they give when put into it anew, also where the second
+// product needs another form.
+TEST_P(BatchInvariance, MatMulOfTheSameRows) {
+  const int64_t in = 256, out = 40;
+  for (const DType second : kDTypes) {
+    for (const int64_t rows : {1, 7, 33}) {
+      const Weight first = Loaded(*three_, RandomMatrix(random_, DType::kQ8_0, out, in));
+      const Weight weight = Loaded(*three_, RandomMatrix(random_, second, out, in));
+      const std::vector<float> x = Normals(random_, rows * in), other = Normals(random_, rows * in);
+      std::vector<float> ignored(rows * out), anew(rows * out), reused(rows * out);
+      three_->MatMul({other.data(), weight.view, nullptr, ignored.data(), rows, false});
+      three_->MatMul({x.data(), weight.view, nullptr, anew.data(), rows, false});
+      three_->MatMul({other.data(), weight.view, nullptr, ignored.data(), rows, false});
+      three_->MatMul({x.data(), first.view, nullptr, ignored.data(), rows, false});
+      three_->MatMul({x.data(), weight.view, nullptr, reused.data(), rows, false, /*same_x=*/true});
+      EXPECT_TRUE(SameBits(reused, anew)) << Name(second) << " rows " << rows;
+    }
+  }
+}
+
 TEST_P(BatchInvariance, RowwiseOps) {
   const int heads = 3, head_dim = 38;
   const int64_t rows = 200, dim = heads * head_dim;
