@@ -34,8 +34,9 @@ int Run(int argc, char** argv) {
     return 2;
   }
   if (app.get_subcommands().empty()) {
-    std::fprintf(stderr,
-                 "atp: a command is required: serve, generate, eval, calibrate, bench or quantize (atp --help)\n");
+    std::fprintf(
+        stderr,
+        "atp: a command is required: serve, generate, eval, calibrate, bench or quantize (atp --help)\n");
     return 2;
   }
   return exit_code;

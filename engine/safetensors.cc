@@ -24,10 +24,11 @@ absl::StatusOr<std::shared_ptr<SafetensorsSet>> SafetensorsSet::Open(const std::
   } else if (access(index.c_str(), F_OK) == 0) {
     opened = set->OpenShards(model_dir, index);
   } else {
-    opened = absl::NotFoundError(absl::StrCat(
-        model_dir,
-        ": expected model.safetensors or model.safetensors.index.json, found neither, and no .gguf file; weights "
-        "in another format (pytorch_model.bin) must be converted to safetensors first"));
+    opened = absl::NotFoundError(
+        absl::StrCat(model_dir,
+                     ": expected model.safetensors or model.safetensors.index.json, found neither, and no "
+                     ".gguf file; weights "
+                     "in another format (pytorch_model.bin) must be converted to safetensors first"));
   }
   if (!opened.ok()) return opened;
   return set;

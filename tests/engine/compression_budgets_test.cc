@@ -94,7 +94,8 @@ TEST(CompressionBudgets, ErrorsNameFileKeyAndShape) {
   EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "sensitivity": [[0, 1, 2], [3, 4, 5]]})"), "");
   EXPECT_EQ(ErrorOf("{"), "b.json: not JSON");
   EXPECT_EQ(ErrorOf(""), "b.json: not JSON");
-  EXPECT_THAT(ErrorOf("[]"), HasSubstr("b.json: expected an object with ratio, bits and sensitivity, found array"));
+  EXPECT_THAT(ErrorOf("[]"),
+              HasSubstr("b.json: expected an object with ratio, bits and sensitivity, found array"));
   EXPECT_EQ(ErrorOf("{}"), "b.json: ratio: missing");
   EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "bits": [[16, 8, 4], [4, 4, 4]]})"), "");
   EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "bits": 8})"),
