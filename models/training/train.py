@@ -51,11 +51,12 @@ class Shape:
     dropout: float
     head_dim: int = 64
     vocabulary: int = 0
+    short: float = 0.0  # first share of the run, in rows a quarter as long and four times as many: attention is dear
 
 
 SIZES = {
     "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
-    "cpu": Shape(320, 8, 6, 3, 864, context=2048, batch=4, dropout=0.0),
+    "cpu": Shape(320, 8, 6, 3, 864, context=2048, batch=4, dropout=0.0, short=0.6),
     "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
 }
 
@@ -119,7 +120,7 @@ class Llama(nn.Module):
 
 
 class Data:
-    def __init__(self, directory, context, batch):
+    def __init__(self, directory):
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         self.vocabulary = self.tokenizer.get_piece_size()
         self.newline = self.tokenizer.piece_to_id("\n")
@@ -127,7 +128,6 @@ class Data:
         self.train, self.valid = load("train.npy"), load("valid.npy")
         self.dialogue, self.starts = load("dialogue.npy"), load("dialogue_starts.npy")
         self.sizes = json.loads((directory / "sizes.json").read_text())
-        self.context, self.batch = context, batch
 
     def window(self, rng, length):
         at = int(rng.integers(0, len(self.train) - length))
@@ -137,7 +137,7 @@ class Data:
         """A span comes again: predictable only by who remembers it."""
         for _ in range(int(rng.integers(1, 5))):
             length = int(rng.integers(16, 97))
-            distance = int(rng.integers(length, self.context - length))
+            distance = int(rng.integers(length, len(ids) - 1 - length))
             to = int(rng.integers(distance + 1, len(ids) - length + 1))
             ids[to:to + length] = ids[to - distance:to - distance + length]
 
@@ -159,9 +159,10 @@ class Data:
         at = min(at, len(self.dialogue) - len(ids))
         ids[:] = self.dialogue[at:at + len(ids)]
 
-    def draw(self, step, dialogue):
+    def draw(self, step, count, length, dialogue):
+        """`count` rows of `length` tokens and what follows each token (-100: not scored)."""
         rng = np.random.default_rng((20261120, step))
-        rows = np.empty((self.batch, self.context + 1), dtype=np.int64)
+        rows = np.empty((count, length + 1), dtype=np.int64)
         scored = np.ones_like(rows, dtype=bool)
         for ids, score in zip(rows, scored):
             ids[:] = self.window(rng, len(ids))
@@ -176,9 +177,9 @@ class Data:
         targets = np.where(scored, rows, -100)[:, 1:]
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets.copy())
 
-    def validation(self, count=16):
-        at = np.linspace(0, len(self.valid) - self.context - 2, count).astype(int)
-        rows = np.stack([self.valid[a:a + self.context + 1].astype(np.int64) for a in at])
+    def validation(self, count, length):
+        at = np.linspace(0, len(self.valid) - length - 2, count).astype(int)
+        rows = np.stack([self.valid[a:a + length + 1].astype(np.int64) for a in at])
         rows[:, 0] = BOS
         return torch.from_numpy(rows)
 
@@ -235,7 +236,7 @@ def export(model, data_dir, out, data):
     tokenizer_config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True, "chat_template": CHATML}
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     shutil.copy(data_dir / "tokenizer.model", out / "tokenizer.model")
-    np.save(out / "eval_ids.npy", data.validation(4).numpy()[:, :512].astype(np.int64))
+    np.save(out / "eval_ids.npy", data.validation(4, s.context).numpy()[:, :512].astype(np.int64))
 
 
 def main():
@@ -258,7 +259,7 @@ def main():
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
 
     shape = SIZES[args.size]
-    data = Data(args.data, shape.context, shape.batch)
+    data = Data(args.data)
     shape.vocabulary = data.vocabulary
     model = Llama(shape).to(device)
     optimizers_ = optimizers(model)
@@ -273,7 +274,6 @@ def main():
         state = loaded["state"]
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, from step {state['step']}",
           flush=True)
-    valid = data.validation()
     base = [[g["lr"] for g in o.param_groups] for o in optimizers(model)]
     begin = saved = time.time()
     before, losses = state["seconds"], []
@@ -284,7 +284,10 @@ def main():
         if over or time.time() - saved > 120:
             save_checkpoint(checkpoint, model, optimizers_, state)
             saved = time.time()
+        fold = 4 if progress < shape.short else 1
+        rows, length = shape.batch * fold, shape.context // fold
         if over or state["step"] % 250 == 0:
+            valid = data.validation(16 * fold, length)
             line = {"step": state["step"], "seconds": round(state["seconds"]), "progress": round(progress, 4),
                     "tokens": state["step"] * shape.batch * shape.context,
                     "train": float(np.mean(losses)) if losses else None,
@@ -298,7 +301,7 @@ def main():
         for optimizer, rates in zip(optimizers_, base):
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * rate(progress, state["step"])
-        ids, targets = data.draw(state["step"], dialogue=progress > 1 - DIALOGUE)
+        ids, targets = data.draw(state["step"], rows, length, dialogue=progress > 1 - DIALOGUE)
         with autocast:
             logits = compiled(ids.to(device))
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=-100)

@@ -128,6 +128,32 @@ class BatchingEngineTest : public testing::Test {
     EXPECT_TRUE(id.ok()) << id.status();
     return sink;
   }
+  // The answer to `request` as the tenth of sixteen requests of all lengths; the others end as well.
+  static Answer AmongSixteen(Engine* engine, const Request& request) {
+    std::vector<std::shared_ptr<RecordingSink>> others;
+    std::shared_ptr<RecordingSink> sink;
+    for (int i = 0; i < 16; ++i) {
+      if (i == 9) {
+        sink = Submit(engine, request);
+      } else {
+        const std::string prompt(static_cast<size_t>(10 + 23 * i), static_cast<char>('a' + i));
+        others.push_back(Submit(engine, Sampled(prompt, 5 + 4 * i, 100 + i)));
+      }
+    }
+    const Answer answer = sink->WaitOne();
+    for (auto& other : others) other->Wait();
+    return answer;
+  }
+  // The answer to `request` when a higher class takes its place after 45 tokens. The engine runs one request
+  // at a time.
+  static Answer AfterAHigherClass(Engine* engine, const Request& request) {
+    auto low = Submit(engine, request);
+    low->WaitForDeltas(45);  // in mid-segment, where there are segments
+    Request urgent = Sampled("Help", 3, 1);
+    urgent.priority = 1;
+    Submit(engine, urgent)->WaitOne();
+    return low->WaitOne();
+  }
   static void ExpectNothingLeft(Engine* engine) {
     EXPECT_EQ(engine->Drain(absl::InfiniteDuration()), absl::OkStatus());
     const EngineStats stats = engine->Stats();

@@ -87,18 +87,7 @@ TEST_P(LowRankEngineTest, InABatchAndWithFewTokensPerStep) {
     BatchingEngineOptions options = LowRank();
     options.max_batch_tokens = tokens;
     std::unique_ptr<BatchingEngine> engine = Make(options);
-    std::vector<std::shared_ptr<RecordingSink>> others;
-    std::shared_ptr<RecordingSink> sink;
-    for (int i = 0; i < 16; ++i) {
-      if (i == 9) {
-        sink = Submit(engine.get(), Question());
-      } else {
-        const std::string prompt(static_cast<size_t>(10 + 23 * i), static_cast<char>('a' + i));
-        others.push_back(Submit(engine.get(), Sampled(prompt, 5 + 4 * i, 100 + i)));
-      }
-    }
-    ExpectSame(Alone(), sink->WaitOne());
-    for (auto& other : others) other->Wait();
+    ExpectSame(Alone(), AmongSixteen(engine.get(), Question()));
     ExpectNothingLeft(engine.get());
   }
 }
@@ -131,12 +120,7 @@ TEST_P(LowRankEngineTest, AfterPreemption) {
     options.prefix_cache = prefix_cache;
     options.max_running_sequences = 1;
     std::unique_ptr<BatchingEngine> engine = Make(options);
-    auto low = Submit(engine.get(), Question());
-    low->WaitForDeltas(45);
-    Request urgent = Sampled("Help", 3, 1);
-    urgent.priority = 1;
-    Submit(engine.get(), urgent)->WaitOne();
-    ExpectSame(alone, low->WaitOne());
+    ExpectSame(alone, AfterAHigherClass(engine.get(), Question()));
     EXPECT_GT(engine->Stats().preemptions_total, 0u);
     ExpectNothingLeft(engine.get());
   }

@@ -86,18 +86,7 @@ TEST_P(PrincipalEngineTest, HistoryIsCompressedIndeed) {
 TEST_P(PrincipalEngineTest, InABatchOfSixteen) {
   const Answer& alone = Alone();
   std::unique_ptr<BatchingEngine> engine = Make(Compressed());
-  std::vector<std::shared_ptr<RecordingSink>> others;
-  std::shared_ptr<RecordingSink> sink;
-  for (int i = 0; i < 16; ++i) {
-    if (i == 9) {
-      sink = Submit(engine.get(), Question());
-    } else {
-      const std::string prompt(static_cast<size_t>(10 + 23 * i), static_cast<char>('a' + i));
-      others.push_back(Submit(engine.get(), Sampled(prompt, 5 + 4 * i, 100 + i)));
-    }
-  }
-  ExpectSame(alone, sink->WaitOne());
-  for (auto& other : others) other->Wait();
+  ExpectSame(alone, AmongSixteen(engine.get(), Question()));
   ExpectNothingLeft(engine.get());
 }
 
@@ -137,12 +126,7 @@ TEST_P(PrincipalEngineTest, AfterAHigherClassTookItsPlace) {
     options.prefix_cache = prefix_cache;
     options.max_running_sequences = 1;
     std::unique_ptr<BatchingEngine> engine = Make(options);
-    auto low = Submit(engine.get(), Question());
-    low->WaitForDeltas(45);  // in mid-segment
-    Request urgent = Sampled("Help", 3, 1);
-    urgent.priority = 1;
-    Submit(engine.get(), urgent)->WaitOne();
-    ExpectSame(alone, low->WaitOne());
+    ExpectSame(alone, AfterAHigherClass(engine.get(), Question()));
     EXPECT_GT(engine->Stats().preemptions_total, 0u);
   }
 }
