@@ -140,16 +140,17 @@ void AnswerStream::Send(std::string text, Release release) {
   OutputDelta delta;
   delta.index = index_;
   delta.text = std::move(text);
-  while (!held_.empty()) {
-    Held& first = held_.front();
+  size_t released = 0;
+  for (; released < held_.size(); ++released) {
+    Held& first = held_[released];
     const bool brought_text = first.text_end > first.text_begin;
     const bool whole = first.text_end < sent_bytes_ || (brought_text && first.text_end == sent_bytes_);
     const bool started = first.text_begin < sent_bytes_;
     if (!(release == Release::kAll || whole || (release == Release::kStarted && started))) break;
     delta.tokens.push_back(first.sampled.token);
     if (first.sampled.logprob) delta.logprobs.push_back(*std::move(first.sampled.logprob));
-    held_.pop_front();
   }
+  held_.erase(held_.begin(), held_.begin() + static_cast<std::ptrdiff_t>(released));
   if (delta.text.empty() && delta.tokens.empty()) return;
   active_->sink->OnDelta(std::move(delta));
 }

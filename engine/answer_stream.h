@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <optional>
 #include <span>
@@ -106,8 +105,8 @@ class AnswerStream {
   std::vector<TokenId> forbidden_;
   std::span<const TokenId> eos_;
 
-  std::deque<Held> held_;
-  size_t text_bytes_ = 0;  // of the answer, as the stop checker got it
+  std::vector<Held> held_;  // few: a queue that keeps its memory
+  size_t text_bytes_ = 0;   // of the answer, as the stop checker got it
   size_t sent_bytes_ = 0;
   int completion_tokens_ = 0;
   std::string matched_stop_;

@@ -91,6 +91,7 @@ class CpuBackend final : public Backend {
         scratch_(threads),
         float_matmul_(FloatMatMulFor(isa)),
         int8_matmul_(Int8MatMulFor(isa)),
+        kquant_matmul_(KQuantMatMulFor(isa)),
         rms_norm_(RmsNormFor(isa.target)),
         gather_rows_(GatherRowsFor(isa.target)),
         swiglu_(SwiGluFor(isa.target)),
@@ -345,6 +346,7 @@ class CpuBackend final : public Backend {
   }
 
   const MatMulKernel& KernelFor(DType dtype) const {
+    if (IsKQuant(dtype)) return kquant_matmul_;
     return IsQuantized(dtype) ? int8_matmul_ : dtype == DType::kBF16 ? bf16_matmul_ : float_matmul_;
   }
 
@@ -416,6 +418,7 @@ class CpuBackend final : public Backend {
   std::vector<Scratch> scratch_;  // [threads]
   const MatMulKernel float_matmul_;
   const MatMulKernel int8_matmul_;
+  const MatMulKernel kquant_matmul_;
   MatMulKernel bf16_matmul_;
   double int8_matmul_speed_;
   Scratch row_words_, row_block_words_;  // x of the last product

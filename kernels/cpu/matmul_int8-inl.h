@@ -1,17 +1,19 @@
-// The kernel of matmul_int8.cc: included there once or twice per target, each time in a namespace of its own,
-// with ATP_DOT8 saying whether VNNI may be used. Every version computes the same integers.
+// The kernel of matmul_int8.cc and matmul_kquants.cc: included there once or twice per target, each time in a
+// namespace of its own, with ATP_DOT8 saying whether VNNI may be used. Every version computes the same
+// integers.
 
-// Rows of a tile: as many as the registers hold sums for.
+// Rows of a tile: as many as the registers hold sums for, twice: a block's integers and a group's fp32.
 #if HWY_TARGET == HWY_AVX3
 constexpr int kTileRows = 6;
-constexpr int kFewRows = 8;  // times one panel
+constexpr int kFewRows = 6;  // times one panel
 #else
 constexpr int kTileRows = 2;
 constexpr int kFewRows = 2;
 #endif
 // Blocks of 32 per slice of k: a pair of unpacked panels and a tile's x stay in the first-level cache.
 constexpr int64_t kSliceBlocks = 24;
-// How far ahead weights are asked for: about memory's latency times a core's share of its bandwidth.
+static_assert(kSliceBlocks % kRowGroupBlocks == 0);
+// How far ahead a single tile asks for weights: about memory's latency times a core's share of its bandwidth.
 constexpr int64_t kPrefetchBlocks = 16;
 
 // Four products per lane of a unit of weights (0..255) and a row's four elements.
@@ -104,11 +106,14 @@ struct PackedLoader {
   static constexpr bool kHalves = kType == DType::kQ6_K;  // a scale for each 16
   static constexpr bool kMins = kType == DType::kQ4_K || kType == DType::kQ5_K;
 
-  PackedLoader(const PanelLayout& layout, const std::byte* panel)
-      : super(reinterpret_cast<const uint8_t*>(panel) + layout.super),
-        scales(reinterpret_cast<const uint8_t*>(panel) + layout.scales),
-        quants(reinterpret_cast<const uint8_t*>(panel) + layout.quants),
-        high(reinterpret_cast<const uint8_t*>(panel) + layout.high) {}
+  PackedLoader() = default;
+  PackedLoader(const PanelLayout& layout, const void* matrix, int64_t index) {
+    const uint8_t* panel = static_cast<const uint8_t*>(matrix) + static_cast<size_t>(index) * layout.bytes;
+    super = panel + layout.super;
+    scales = panel + layout.scales;
+    quants = panel + layout.quants;
+    high = panel + layout.high;
+  }
 
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
     const DU d;
@@ -157,10 +162,10 @@ struct PackedLoader {
     if (b % 2 == 0) hwy::Prefetch(scales + b * 32);
   }
 
-  const uint8_t* super;
-  const uint8_t* scales;
-  const uint8_t* quants;
-  const uint8_t* high;
+  const uint8_t* super = nullptr;
+  const uint8_t* scales = nullptr;
+  const uint8_t* quants = nullptr;
+  const uint8_t* high = nullptr;
 
  private:
   // v >> shift (or << -shift) where mask has bits.
@@ -170,17 +175,45 @@ struct PackedLoader {
   }
 };
 
-// The same of a slice that was unpacked to bytes and fp32 before.
+// The same, and what it gives is left in scratch for later tiles (q8_0's bytes stay where they are).
+template <DType kType>
+struct UnpackingLoader {
+  static constexpr bool kHalves = PackedLoader<kType>::kHalves;
+  static constexpr bool kMins = PackedLoader<kType>::kMins;
+  static constexpr bool kCopies = kType != DType::kQ8_0;
+
+  HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
+    const VU unpacked = from.Bytes(b, j, v);
+    if constexpr (kCopies) {
+      hn::StoreU(unpacked, DU(),
+                 reinterpret_cast<uint32_t*>(bytes + (b - first) * 512 + j * 64 + v * kLanes * 4));
+    }
+    return unpacked;
+  }
+  HWY_INLINE VF Scale(int64_t b, int half, int v) const {
+    const VF scale = from.Scale(b, half, v);
+    hn::Store(scale, DF(), scales + ((b - first) * 2 + half) * kPanelOuts + v * kLanes);
+    return scale;
+  }
+  HWY_INLINE VF Min(int64_t b, int v) const {
+    const VF min = from.Min(b, v);
+    hn::Store(min, DF(), mins + (b - first) * kPanelOuts + v * kLanes);
+    return min;
+  }
+
+  PackedLoader<kType> from;
+  int64_t first;  // block
+  uint8_t* bytes;
+  float* scales;
+  float* mins;
+};
+
+// What an UnpackingLoader left.
 template <bool kHalves_, bool kMins_>
 struct UnpackedLoader {
   static constexpr bool kHalves = kHalves_;
   static constexpr bool kMins = kMins_;
 
-  // Of the next slice, as it lies packed, while this one is multiplied with the first tile.
-  HWY_INLINE void Prefetch(int64_t b) const {
-    if (next == nullptr) return;
-    for (int64_t i = 0; i < next_bytes; i += 64) hwy::Prefetch(next + b * next_bytes + i);
-  }
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
     return LoadBytes(bytes + (b - first) * 512 + j * 64 + v * kLanes * 4);
   }
@@ -191,43 +224,35 @@ struct UnpackedLoader {
     return hn::Load(DF(), mins + (b - first) * kPanelOuts + v * kLanes);
   }
 
-  const uint8_t* bytes = nullptr;
-  const float* scales = nullptr;
-  const float* mins = nullptr;
-  int64_t first = 0;              // block
-  const uint8_t* next = nullptr;  // quants, or null: fetched already
-  int64_t next_bytes = 0;         // per block
+  int64_t first;  // block
+  const uint8_t* bytes;
+  const float* scales;
+  const float* mins;
 };
 
-// Blocks [begin, end) of a panel's slice into scratch (q8_0's bytes stay where they are).
-template <DType kType>
-HWY_INLINE UnpackedLoader<PackedLoader<kType>::kHalves, PackedLoader<kType>::kMins> Unpack(
-    const PackedLoader<kType>& from, int64_t begin, int64_t end, std::byte* scratch) {
-  using L = PackedLoader<kType>;
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);
-  float* scales = reinterpret_cast<float*>(scratch + kSliceBlocks * 512);
-  float* mins = scales + kSliceBlocks * 2 * kPanelOuts;
-  for (int64_t b = begin; b < end; ++b) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      if constexpr (kType != DType::kQ8_0) {
-        ATP_UNROLL for (int j = 0; j < 8; ++j) {
-          hn::StoreU(from.Bytes(b, j, v), DU(),
-                     reinterpret_cast<uint32_t*>(bytes + (b - begin) * 512 + j * 64 + v * kLanes * 4));
-        }
-      }
-      for (int half = 0; half < (L::kHalves ? 2 : 1); ++half) {
-        hn::Store(from.Scale(b, half, v), DF(), scales + ((b - begin) * 2 + half) * kPanelOuts + v * kLanes);
-      }
-      if constexpr (L::kMins) {
-        hn::Store(from.Min(b, v), DF(), mins + (b - begin) * kPanelOuts + v * kLanes);
-      }
+// What a tile asks of memory while it computes: blocks [begin, end) of these panels, spread over its own,
+// because more requests at once than the core can have under way would hold up its own loads.
+template <int P, DType kType>
+struct Ahead {
+  HWY_INLINE void Fetch(int64_t step, int64_t steps) const {
+    const int64_t count = end - begin;
+    for (int64_t b = count * step / steps; b < count * (step + 1) / steps; ++b) {
+      ATP_UNROLL for (int p = 0; p < P; ++p) loaders[p]->Prefetch(begin + b);
     }
   }
-  if constexpr (kType == DType::kQ8_0) {
-    return {from.quants + begin * 512, scales, mins, begin, from.quants, 512};
-  }
-  return {bytes, scales, mins, begin, from.quants, 256};
-}
+
+  const PackedLoader<kType>* loaders[P];
+  int64_t begin, end;
+};
+
+// The same where there is one tile: a block for each of its own, a fixed distance ahead.
+template <DType kType>
+struct Streaming {
+  HWY_INLINE void Fetch(int64_t step, int64_t /*steps*/) const { loader.Prefetch(begin + step); }
+
+  const PackedLoader<kType>& loader;
+  int64_t begin;
+};
 
 // dot[r][.] += units [kFrom, kTo) of block b times row r's elements. words: the block's, of the tile.
 template <int R, int P, int kFrom, int kTo, class L>
@@ -246,205 +271,279 @@ HWY_INLINE void AddUnits(const L (&loaders)[P], int64_t b, const uint32_t* HWY_R
   }
 }
 
-// sums[r][o] = Σ over blocks [begin, end) of the slice.
+// acc[r][o] += block b's term, but for the row's scale. words, about: the block's, of the tile.
 template <int R, int P, class L>
-HWY_INLINE void SumBlocks(const L (&loaders)[P], const uint32_t* HWY_RESTRICT words,
-                          const uint32_t* HWY_RESTRICT block_words, int64_t begin, int64_t end,
-                          float (&sums)[R][P * kPanelOuts]) {
+HWY_INLINE void AddBlock(const L (&loaders)[P], int64_t b, const uint32_t* HWY_RESTRICT words,
+                         const uint32_t* HWY_RESTRICT about, VF (&acc)[R][P * kPanelVectors]) {
   constexpr int V = P * kPanelVectors;
   const DF d;
   const DI di;
-  VF acc[R][V];
-  ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
-  for (int64_t b = begin; b < end; ++b) {
-    ATP_UNROLL for (int p = 0; p < P; ++p) loaders[p].Prefetch(b + kPrefetchBlocks);
-    const uint32_t* x = words + b * 8 * kDotWords * R;
-    const uint32_t* about = block_words + b * kRowWords * R;
-    const float* x_scale = reinterpret_cast<const float*>(about + kRowScale * R);
-    const int32_t* offset = reinterpret_cast<const int32_t*>(about + kRowOffset * R);
-    const int32_t* half_offset = reinterpret_cast<const int32_t*>(about + kRowHalfFirst * R);
-    ATP_UNROLL for (int half = 0; half < (L::kHalves ? 2 : 1); ++half) {
-      VI dot[R][V];
-      ATP_UNROLL for (int r = 0; r < R; ++r) {
-        const VI start = L::kMins     ? hn::Zero(di)
-                         : L::kHalves ? hn::Set(di, half_offset[half * R + r])
-                                      : hn::Set(di, offset[r]);
-        ATP_UNROLL for (int v = 0; v < V; ++v) dot[r][v] = start;
-      }
-      if constexpr (L::kHalves) {
-        if (half == 0) {
-          AddUnits<R, P, 0, 4>(loaders, b, x, dot);
-        } else {
-          AddUnits<R, P, 4, 8>(loaders, b, x, dot);
-        }
-      } else {
-        AddUnits<R, P, 0, 8>(loaders, b, x, dot);
-      }
-      VF scale[V];
-      ATP_UNROLL for (int v = 0; v < V; ++v) {
-        scale[v] = loaders[v / kPanelVectors].Scale(b, half, v % kPanelVectors);
-      }
-      ATP_UNROLL for (int r = 0; r < R; ++r) {
-        const VF row_scale = hn::Set(d, x_scale[r]);
-        ATP_UNROLL for (int v = 0; v < V; ++v) {
-          acc[r][v] = hn::MulAdd(hn::ConvertTo(d, dot[r][v]), hn::Mul(scale[v], row_scale), acc[r][v]);
-        }
-      }
+  const int32_t* offset = reinterpret_cast<const int32_t*>(about + kRowOffset * R);
+  const int32_t* half_offset = reinterpret_cast<const int32_t*>(about + kRowHalfFirst * R);
+  ATP_UNROLL for (int half = 0; half < (L::kHalves ? 2 : 1); ++half) {
+    VI dot[R][V];
+    ATP_UNROLL for (int r = 0; r < R; ++r) {
+      const VI start = L::kMins     ? hn::Zero(di)
+                       : L::kHalves ? hn::Set(di, half_offset[half * R + r])
+                                    : hn::Set(di, offset[r]);
+      ATP_UNROLL for (int v = 0; v < V; ++v) dot[r][v] = start;
     }
-    if constexpr (L::kMins) {
-      const float* x_sum = reinterpret_cast<const float*>(about + kRowSum * R);
-      ATP_UNROLL for (int v = 0; v < V; ++v) {
-        const VF min = loaders[v / kPanelVectors].Min(b, v % kPanelVectors);
-        ATP_UNROLL for (int r = 0; r < R; ++r) {
-          acc[r][v] = hn::NegMulAdd(min, hn::Set(d, x_sum[r]), acc[r][v]);
-        }
+    if constexpr (L::kHalves) {
+      if (half == 0) {
+        AddUnits<R, P, 0, 4>(loaders, b, words, dot);
+      } else {
+        AddUnits<R, P, 4, 8>(loaders, b, words, dot);
+      }
+    } else {
+      AddUnits<R, P, 0, 8>(loaders, b, words, dot);
+    }
+    ATP_UNROLL for (int v = 0; v < V; ++v) {
+      const VF scale = loaders[v / kPanelVectors].Scale(b, half, v % kPanelVectors);
+      ATP_UNROLL for (int r = 0; r < R; ++r) {
+        acc[r][v] = hn::MulAdd(hn::ConvertTo(d, dot[r][v]), scale, acc[r][v]);
       }
     }
   }
+  if constexpr (L::kMins) {
+    const float* x_sum = reinterpret_cast<const float*>(about + kRowSum * R);
+    ATP_UNROLL for (int v = 0; v < V; ++v) {
+      const VF min = loaders[v / kPanelVectors].Min(b, v % kPanelVectors);
+      ATP_UNROLL for (int r = 0; r < R; ++r) {
+        acc[r][v] = hn::NegMulAdd(min, hn::Set(d, x_sum[r]), acc[r][v]);
+      }
+    }
+  }
+}
+
+// sums[r][o] = Σ over blocks [begin, end) of the slice.
+template <int R, int P, class L, class A>
+HWY_INLINE void SumBlocks(const L (&loaders)[P], const uint32_t* HWY_RESTRICT words,
+                          const uint32_t* HWY_RESTRICT about, int64_t begin, int64_t end, const A& ahead,
+                          float (&sums)[R][P * kPanelOuts]) {
+  constexpr int V = P * kPanelVectors;
+  const DF d;
   ATP_UNROLL for (int r = 0; r < R; ++r) {
-    ATP_UNROLL for (int v = 0; v < V; ++v) hn::StoreU(acc[r][v], d, sums[r] + v * kLanes);
+    ATP_UNROLL for (int v = 0; v < V; ++v) hn::Store(hn::Zero(d), d, sums[r] + v * kLanes);
+  }
+  for (int64_t group = begin; group < end; group += kRowGroupBlocks) {
+    VF acc[R][V];
+    ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
+    for (int64_t b = group; b < std::min(group + kRowGroupBlocks, end); ++b) {
+      ahead.Fetch(b - begin, end - begin);
+      AddBlock<R, P>(loaders, b, words + b * 8 * kDotWords * R, about + b * kRowWords * R, acc);
+    }
+    const float* scale = reinterpret_cast<const float*>(about + (group * kRowWords + kRowScale) * R);
+    ATP_UNROLL for (int r = 0; r < R; ++r) {
+      ATP_UNROLL for (int v = 0; v < V; ++v) {
+        float* const sum = sums[r] + v * kLanes;
+        hn::Store(hn::MulAdd(acc[r][v], hn::Set(d, scale[r]), hn::Load(d, sum)), d, sum);
+      }
+    }
   }
 }
 
 // One tile of rows times P panels, blocks [begin, end).
-template <int P, class L>
+template <int P, class L, class A>
 struct TileProduct {
   const MatMulArgs& args;
   const PackedRows& rows;
   const L (&loaders)[P];
+  const A& ahead;
   Tile tile;
   int64_t begin, end;
 
   template <int R>
   HWY_NOINLINE void Run() const {
-    float sums[R][P * kPanelOuts];
-    SumBlocks<R, P, L>(loaders, rows.words + tile.row * rows.words_per_row,
-                       rows.block_words + tile.row * rows.block_words_per_row, begin, end, sums);
+    alignas(64) float sums[R][P * kPanelOuts];
+    SumBlocks<R, P>(loaders, rows.words + tile.row * rows.words_per_row,
+                    rows.block_words + tile.row * rows.block_words_per_row, begin, end, ahead, sums);
     AddSums<R, P>(args, tile, sums);
   }
 };
 
+// Bound by reading the weights: each once, from front to back, unpacked in registers.
 template <DType kType>
-void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part, std::byte* scratch) {
+void MultiplyFew(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part) {
   const PanelLayout layout(kType, args.weight.cols);
-  const std::byte* data = static_cast<const std::byte*>(args.weight.data);
   const int64_t blocks = args.weight.cols / kQuantBlock;
-  const auto panel_at = [&](int64_t panel) { return data + static_cast<size_t>(panel) * layout.bytes; };
-  using Packed = PackedLoader<kType>;
-  if (part.row_end - part.row_begin <= rows.tile_rows) {
-    // Bound by reading the weights: each once, from front to back, unpacked in registers.
-    const int64_t panel_end = std::min(part.panel_end, (args.weight.rows + kPanelOuts - 1) / kPanelOuts);
-    for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
-      const Packed loaders[1] = {Packed(layout, panel_at(panel))};
-      for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
-        WithRows<kFewRows>(
-            part.row_end - part.row_begin,
-            TileProduct<1, Packed>{
-                args, rows, loaders, {part.row_begin, panel, b == 0}, b, std::min(b + kSliceBlocks, blocks)});
-      }
-    }
-    return;
-  }
-  using Unpacked = UnpackedLoader<Packed::kHalves, Packed::kMins>;
-  for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += kTilePanels) {
+  const int64_t panel_end = std::min(part.panel_end, (args.weight.rows + kPanelOuts - 1) / kPanelOuts);
+  using L = PackedLoader<kType>;
+  for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
+    const L loaders[1] = {L(layout, args.weight.data, panel)};
     for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
       const int64_t end = std::min(b + kSliceBlocks, blocks);
-      Unpacked loaders[kTilePanels];
-      for (int p = 0; p < kTilePanels; ++p) {
-        loaders[p] = Unpack<kType>(Packed(layout, panel_at(panel + p)), b, end,
-                                   scratch + static_cast<size_t>(p) * (kMatMulScratchBytes / 2));
-      }
-      for (int64_t row = part.row_begin; row < part.row_end; row += rows.tile_rows) {
+      const Streaming<kType> ahead{loaders[0], b + kPrefetchBlocks};
+      WithRows<kFewRows>(part.row_end - part.row_begin,
+                         TileProduct<1, L, Streaming<kType>>{
+                             args, rows, loaders, ahead, {part.row_begin, panel, b == 0}, b, end});
+    }
+  }
+}
+
+// A slice of some panels for all tiles of rows. The first unpacks the weights, and each asks for its share of
+// the next slice.
+template <DType kType>
+struct Slices {
+  static constexpr int P = kTilePanels;
+  using Packed = PackedLoader<kType>;
+  using Unpacking = UnpackingLoader<kType>;
+  using Unpacked = UnpackedLoader<Packed::kHalves, Packed::kMins>;
+
+  void Run(int64_t panel, int64_t begin, int64_t end, const Ahead<P, kType>& next) const {
+    Packed packed[P];
+    Unpacking unpacking[P];
+    Unpacked unpacked[P];
+    for (int p = 0; p < P; ++p) {
+      packed[p] = Packed(layout, args.weight.data, panel + p);
+      std::byte* const room = scratch + static_cast<size_t>(p) * (kMatMulScratchBytes / 2);
+      uint8_t* const bytes = reinterpret_cast<uint8_t*>(room);
+      float* const scales = reinterpret_cast<float*>(room + kSliceBlocks * 512);
+      float* const mins = scales + kSliceBlocks * 2 * kPanelOuts;
+      unpacking[p] = {packed[p], begin, bytes, scales, mins};
+      unpacked[p] = {begin, Unpacking::kCopies ? bytes : packed[p].quants + begin * 512, scales, mins};
+    }
+    const Unpacking(&first)[P] = unpacking;
+    const Unpacked(&later)[P] = unpacked;
+    const int64_t tiles = (part.row_end - part.row_begin + rows.tile_rows - 1) / rows.tile_rows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      Ahead<P, kType> ahead = next;
+      ahead.begin = next.begin + (next.end - next.begin) * t / tiles;
+      ahead.end = next.begin + (next.end - next.begin) * (t + 1) / tiles;
+      const int64_t row = part.row_begin + t * rows.tile_rows;
+      const int64_t count = std::min<int64_t>(rows.tile_rows, part.row_end - row);
+      const Tile tile{row, panel, begin == 0};
+      if (t == 0) {
         WithRows<kTileRows>(
-            std::min<int64_t>(rows.tile_rows, part.row_end - row),
-            TileProduct<kTilePanels, Unpacked>{args, rows, loaders, {row, panel, b == 0}, b, end});
-        for (Unpacked& loader : loaders) loader.next = nullptr;
+            count, TileProduct<P, Unpacking, Ahead<P, kType>>{args, rows, first, ahead, tile, begin, end});
+      } else {
+        WithRows<kTileRows>(
+            count, TileProduct<P, Unpacked, Ahead<P, kType>>{args, rows, later, ahead, tile, begin, end});
       }
+    }
+  }
+
+  const MatMulArgs& args;
+  const PackedRows& rows;
+  const MatMulPart& part;
+  const PanelLayout& layout;
+  std::byte* scratch;
+};
+
+template <DType kType>
+void MultiplyOf(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part, std::byte* scratch) {
+  if (part.row_end - part.row_begin <= kFewRows) return MultiplyFew<kType>(args, rows, part);
+  constexpr int P = kTilePanels;
+  const PanelLayout layout(kType, args.weight.cols);
+  const int64_t blocks = args.weight.cols / kQuantBlock;
+  const Slices<kType> slices{args, rows, part, layout, scratch};
+  for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += P) {
+    for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
+      const int64_t end = std::min(b + kSliceBlocks, blocks);
+      PackedLoader<kType> loaders[P];
+      Ahead<P, kType> next;
+      for (int p = 0; p < P; ++p) {
+        loaders[p] = PackedLoader<kType>(layout, args.weight.data, panel + p + (end < blocks ? 0 : P));
+        next.loaders[p] = &loaders[p];
+      }
+      next.begin = end < blocks ? end : 0;
+      next.end = std::min(next.begin + kSliceBlocks, blocks);
+      slices.Run(panel, b, end, next);
     }
   }
 }
 
 void Multiply(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part, std::byte* scratch) {
   switch (args.weight.dtype) {
-    case DType::kQ8_0:
-      return MultiplyOf<DType::kQ8_0>(args, rows, part, scratch);
-    case DType::kQ4_0:
-      return MultiplyOf<DType::kQ4_0>(args, rows, part, scratch);
-    case DType::kQ4:
-      return MultiplyOf<DType::kQ4>(args, rows, part, scratch);
+#if ATP_K_QUANTS
     case DType::kQ4_K:
       return MultiplyOf<DType::kQ4_K>(args, rows, part, scratch);
     case DType::kQ5_K:
       return MultiplyOf<DType::kQ5_K>(args, rows, part, scratch);
     case DType::kQ6_K:
       return MultiplyOf<DType::kQ6_K>(args, rows, part, scratch);
+#else
+    case DType::kQ8_0:
+      return MultiplyOf<DType::kQ8_0>(args, rows, part, scratch);
+    case DType::kQ4_0:
+      return MultiplyOf<DType::kQ4_0>(args, rows, part, scratch);
+    case DType::kQ4:
+      return MultiplyOf<DType::kQ4>(args, rows, part, scratch);
+#endif
     default:
-      return;  // plain numbers have another kernel
+      return;  // another kernel's
   }
 }
 
-// 32 elements as int8, under a scale that makes the largest 127 (NaN where one is not finite).
-struct QuantizedBlock {
-  alignas(64) int8_t q[kQuantBlock];
-  float scale;
-  int32_t half_sums[2];
-};
-
-HWY_INLINE void QuantizeBlock(const float* HWY_RESTRICT x, QuantizedBlock& out) {
+// x: blocks * 32 elements. What they are multiplied by to become integers; `scale` is what undoes it: it
+// makes the largest 127 (and is NaN where one is not finite).
+HWY_INLINE float InverseScale(const float* HWY_RESTRICT x, int64_t blocks, float& scale) {
   const DF d;
   const DI di;
   // As integers, magnitudes compare like the numbers they are, and infinity and NaN are the largest.
-  VI largest = hn::Zero(di);
-  for (int i = 0; i < kQuantBlock; i += kLanes) {
-    largest = hn::Max(largest, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i))));
+  VI largest[2] = {hn::Zero(di), hn::Zero(di)};
+  for (int64_t i = 0; i < blocks * kQuantBlock; i += 32) {
+    ATP_UNROLL for (int at = 0; at < 32; at += kLanes) {
+      VI& most = largest[at / kLanes % 2];
+      most = hn::Max(most, hn::BitCast(di, hn::Abs(hn::LoadU(d, x + i + at))));
+    }
   }
-  const int32_t peak_bits = hn::GetLane(hn::MaxOfLanes(di, largest));
+  const int32_t peak_bits = hn::GetLane(hn::MaxOfLanes(di, hn::Max(largest[0], largest[1])));
   const float peak = std::bit_cast<float>(peak_bits);
   const bool finite = peak_bits < 0x7f800000;
-  // Below 2^-120 the inverse would overflow: such a block counts as zeros.
-  const VF inverse = hn::Set(d, finite && peak > 0x1p-120f ? 127 / peak : 0.0f);
-  const hn::Rebind<int8_t, DI> d8;
-  for (int half = 0; half < 2; ++half) {
-    VI sum = hn::Zero(di);
-    for (int i = half * 16; i < half * 16 + 16; i += kLanes) {
-      const VI q = hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse));
-      sum = hn::Add(sum, q);
-      hn::StoreU(hn::DemoteTo(d8, q), d8, out.q + i);
-    }
-    out.half_sums[half] = hn::GetLane(hn::SumOfLanes(di, sum));
-  }
-  out.scale = finite ? peak / 127 : std::numeric_limits<float>::quiet_NaN();
+  scale = finite ? peak / 127 : std::numeric_limits<float>::quiet_NaN();
+  // Below 2^-120 the inverse would overflow: such a group counts as zeros.
+  return finite && peak > 0x1p-120f ? 127 / peak : 0.0f;
 }
 
-// Block b's words about row r.
-HWY_INLINE void PutAbout(const QuantizedBlock& block, int64_t count, uint32_t* HWY_RESTRICT about) {
-  const int32_t sum = block.half_sums[0] + block.half_sums[1];
-  about[kRowScale * count] = std::bit_cast<uint32_t>(block.scale);
-  about[kRowSum * count] = std::bit_cast<uint32_t>(block.scale * static_cast<float>(sum));
+// q: of 16 elements.
+HWY_INLINE int32_t SumOf16(const int8_t* HWY_RESTRICT q) {
+#if HWY_TARGET == HWY_SCALAR
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += q[i];
+  return sum;
+#else
+  const hn::Full128<uint8_t> d8;
+  const auto shifted = hn::Xor(hn::LoadU(d8, reinterpret_cast<const uint8_t*>(q)), hn::Set(d8, 0x80));
+  const auto sums = hn::SumsOf8(shifted);
+  return static_cast<int32_t>(hn::ExtractLane(sums, 0) + hn::ExtractLane(sums, 1)) - 16 * 128;
+#endif
+}
+
+// A block's words about a row.
+HWY_INLINE void PutAbout(const int8_t* HWY_RESTRICT q, float scale, int64_t count,
+                         uint32_t* HWY_RESTRICT about) {
+  const int32_t first = SumOf16(q), second = SumOf16(q + 16), sum = first + second;
+  about[kRowScale * count] = std::bit_cast<uint32_t>(scale);
+  about[kRowSum * count] = std::bit_cast<uint32_t>(static_cast<float>(sum));
   about[kRowOffset * count] = static_cast<uint32_t>(-128 * sum);
-  about[kRowHalfFirst * count] = static_cast<uint32_t>(-32 * block.half_sums[0]);
-  about[kRowHalfSecond * count] = static_cast<uint32_t>(-32 * block.half_sums[1]);
+  about[kRowHalfFirst * count] = static_cast<uint32_t>(-32 * first);
+  about[kRowHalfSecond * count] = static_cast<uint32_t>(-32 * second);
 }
 
-// Row r of a tile of `count`, blocks [begin, end) of x. words, about: the tile's.
-HWY_INLINE void PackBlocks(const float* HWY_RESTRICT x, int64_t begin, int64_t end, int64_t count,
-                           uint32_t* HWY_RESTRICT words, uint32_t* HWY_RESTRICT about) {
-  for (int64_t b = begin; b < end; ++b) {
-    QuantizedBlock block;
-    QuantizeBlock(x + b * kQuantBlock, block);
-    PutAbout(block, count, about + b * kRowWords * count);
-    uint32_t* to = words + b * 8 * kDotWords * count;
-    for (int j = 0; j < 8; ++j) {
-      if constexpr (kDotWords == 1) {
-        std::memcpy(to + j * count, block.q + 4 * j, 4);
-      } else {
-        const auto pair = [&](int i) {
-          return (static_cast<uint32_t>(block.q[4 * j + i]) & 0xffffu) |
-                 static_cast<uint32_t>(block.q[4 * j + i + 2]) << 16;
-        };
-        to[2 * j * count] = pair(0);
-        to[(2 * j + 1) * count] = pair(1);
-      }
+// Row r of a tile of `count`: a group, of `blocks` blocks, of x. words, about: the group's, of the tile.
+HWY_INLINE void PackGroup(const float* HWY_RESTRICT x, int64_t blocks, int64_t count,
+                          uint32_t* HWY_RESTRICT words, uint32_t* HWY_RESTRICT about) {
+  const DF d;
+  const hn::Rebind<int8_t, DI> d8;
+  alignas(64) int8_t q[kRowGroupBlocks * kQuantBlock];
+  float scale;
+  const VF inverse = hn::Set(d, InverseScale(x, blocks, scale));
+  for (int64_t i = 0; i < blocks * kQuantBlock; i += kLanes) {
+    hn::StoreU(hn::DemoteTo(d8, hn::NearestInt(hn::Mul(hn::LoadU(d, x + i), inverse))), d8, q + i);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    PutAbout(q + b * kQuantBlock, scale, count, about + b * kRowWords * count);
+  }
+  for (int64_t j = 0; j < blocks * 8; ++j) {
+    if constexpr (kDotWords == 1) {
+      std::memcpy(words + j * count, q + 4 * j, 4);
+    } else {
+      const auto pair = [&](int i) {
+        return (static_cast<uint32_t>(q[4 * j + i]) & 0xffffu) | static_cast<uint32_t>(q[4 * j + i + 2])
+                                                                     << 16;
+      };
+      words[2 * j * count] = pair(0);
+      words[(2 * j + 1) * count] = pair(1);
     }
   }
 }
@@ -454,12 +553,13 @@ void PackRows(const MatMulArgs& args, const PackedRows& rows, int64_t begin, int
   for (int64_t t = begin; t < end; ++t) {
     const int64_t first = t * rows.tile_rows;
     const int64_t count = std::min<int64_t>(rows.tile_rows, args.rows - first);
-    // A stretch of each row in turn: x is read in long runs, and what is written stays in the cache.
-    for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
+    uint32_t* const words = rows.words + first * rows.words_per_row;
+    uint32_t* const about = rows.block_words + first * rows.block_words_per_row;
+    // A group of each row in turn: what is written stays in the cache until the line is full.
+    for (int64_t b = 0; b < blocks; b += kRowGroupBlocks) {
       for (int64_t r = 0; r < count; ++r) {
-        PackBlocks(args.x + (first + r) * cols, b, std::min(b + kSliceBlocks, blocks), count,
-                   rows.words + first * rows.words_per_row + r,
-                   rows.block_words + first * rows.block_words_per_row + r);
+        PackGroup(args.x + (first + r) * cols + b * kQuantBlock, std::min(kRowGroupBlocks, blocks - b), count,
+                  words + b * 8 * kDotWords * count + r, about + b * kRowWords * count + r);
       }
     }
   }

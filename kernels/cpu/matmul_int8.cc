@@ -1,9 +1,11 @@
-// y = x·Wᵀ for block-quantised weights: x is quantised to int8 too, a scale per 32 elements, so that a
-// block's products are summed in integers, exactly, before two scales make an fp32 number of the sum.
+// y = x·Wᵀ for block-quantised weights: x is quantised to int8 too, so that the products of a block of 32 are
+// summed in integers, exactly, before the weights' scale makes an fp32 number of the sum; x's own scale is
+// one per group of blocks.
 //
 // Why y[r][o] is bit-identical in every batch: integers have no order, and the blocks' fp32 terms are added
-// in order of k into a sum of y's own, slice by slice. No choice below (tile, part, thread, unpacking in
-// registers or beforehand) changes a term or that order.
+// in order of k into a sum of y's own, group by group and slice by slice. No choice below (tile, part,
+// thread, unpacking in registers or beforehand) changes a term or that order. Compiled in two parts, because
+// it takes long: ATP_K_QUANTS is 1 where matmul_kquants.cc includes this.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -12,6 +14,16 @@
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/panels.h"
 #include "kernels/quantized.h"
+
+#ifndef ATP_K_QUANTS
+#define ATP_K_QUANTS 0
+#endif
+#undef ATP_INT8_PART
+#if ATP_K_QUANTS
+#define ATP_INT8_PART k_quants
+#else
+#define ATP_INT8_PART plain
+#endif
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/matmul_int8.cc"
@@ -28,11 +40,13 @@
 HWY_BEFORE_NAMESPACE();
 namespace atp::cpu {
 namespace HWY_NAMESPACE {
+namespace ATP_INT8_PART {
 namespace pairs {
 #define ATP_DOT8 0
 #include "kernels/cpu/matmul_int8-inl.h"
 #undef ATP_DOT8
 }  // namespace pairs
+}  // namespace ATP_INT8_PART
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace atp::cpu
@@ -48,11 +62,13 @@ HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avxvnni")
 #endif
 namespace atp::cpu {
 namespace HWY_NAMESPACE {
+namespace ATP_INT8_PART {
 namespace dot8 {
 #define ATP_DOT8 1
 #include "kernels/cpu/matmul_int8-inl.h"
 #undef ATP_DOT8
 }  // namespace dot8
+}  // namespace ATP_INT8_PART
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace atp::cpu
@@ -65,11 +81,15 @@ HWY_BEFORE_NAMESPACE();
 namespace atp::cpu {
 namespace HWY_NAMESPACE {
 
+#if ATP_K_QUANTS
+MatMulKernel KQuantKernel([[maybe_unused]] bool with_dot8) {
+#else
 MatMulKernel Int8Kernel([[maybe_unused]] bool with_dot8) {
-#if ATP_HAVE_DOT8
-  if (with_dot8) return dot8::Kernel();
 #endif
-  return pairs::Kernel();
+#if ATP_HAVE_DOT8
+  if (with_dot8) return ATP_INT8_PART::dot8::Kernel();
+#endif
+  return ATP_INT8_PART::pairs::Kernel();
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
@@ -80,7 +100,12 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 namespace atp::cpu {
+#if ATP_K_QUANTS
+HWY_EXPORT(KQuantKernel);
+MatMulKernel KQuantMatMulFor(const Isa& isa) { return ATP_FUNCTION_FOR(isa.target, KQuantKernel)(isa.dot8); }
+#else
 HWY_EXPORT(Int8Kernel);
 MatMulKernel Int8MatMulFor(const Isa& isa) { return ATP_FUNCTION_FOR(isa.target, Int8Kernel)(isa.dot8); }
+#endif
 }  // namespace atp::cpu
 #endif

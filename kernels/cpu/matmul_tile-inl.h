@@ -39,19 +39,38 @@ struct Tile {
   bool first;     // the first slice of k: starts from bias and residual
 };
 
+// Asks for what AddSums of this tile will add to.
+template <int R, int P>
+HWY_INLINE void FetchSums(const MatMulArgs& args, const Tile& tile) {
+  const float* y = args.y + tile.row * args.weight.rows + tile.panel * kPanelOuts;
+  ATP_UNROLL for (int r = 0; r < R; ++r) {
+    ATP_UNROLL for (int p = 0; p < P; ++p) __builtin_prefetch(y + r * args.weight.rows + p * kPanelOuts, 1);
+  }
+}
+
 // y[row + r][outs of panel + p] += sums[r][p]. The base is y's own content, or bias and residual.
 template <int R, int P>
 HWY_INLINE void AddSums(const MatMulArgs& args, const Tile& tile, const float (&sums)[R][P * kPanelOuts]) {
   const DF d;
   const int64_t outs = args.weight.rows;
-  for (int p = 0; p < P; ++p) {
+  const bool add = !tile.first || args.accumulate;
+  const bool bias = tile.first && args.bias != nullptr;
+  ATP_UNROLL for (int p = 0; p < P; ++p) {
     const int64_t out = (tile.panel + p) * kPanelOuts;
     const int64_t count = std::min<int64_t>(kPanelOuts, outs - out);
+    float* const first = args.y + tile.row * outs + out;
+    if (count == kPanelOuts && add && !bias) {  // by far the most
+      ATP_UNROLL for (int r = 0; r < R; ++r) {
+        ATP_UNROLL for (int i = 0; i < kPanelOuts; i += kLanes) {
+          float* const y = first + r * outs + i;
+          hn::StoreU(hn::Add(hn::LoadU(d, y), hn::LoadU(d, sums[r] + p * kPanelOuts + i)), d, y);
+        }
+      }
+      continue;
+    }
     for (int r = 0; r < R; ++r) {
-      float* y = args.y + (tile.row + r) * outs + out;
-      const float* sum = sums[r] + p * kPanelOuts;
-      const bool add = !tile.first || args.accumulate;
-      const bool bias = tile.first && args.bias != nullptr;
+      float* const y = first + r * outs;
+      const float* const sum = sums[r] + p * kPanelOuts;
       if (count == kPanelOuts) {
         for (int i = 0; i < kPanelOuts; i += kLanes) {
           VF base = add ? hn::LoadU(d, y + i) : hn::Zero(d);

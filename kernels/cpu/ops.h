@@ -11,18 +11,22 @@
 
 namespace atp::cpu {
 
-// Matrix products (matmul_float.cc, matmul_int8.cc) go in two steps: the rows of x are put into the form and
-// order that the kernel reads, in tiles of `tile_rows` rows (the last tile has what is left), and then parts
-// of y are computed. x is always read in words of four bytes, of a tile: [word][row of the tile].
+// Matrix products (matmul_float.cc, matmul_bf16.cc, matmul_int8.cc) go in two steps: the rows of x are put
+// into the form and order that the kernel reads, in tiles of `tile_rows` rows (the last tile has what is
+// left), and then parts of y are computed. x is always read in words of four bytes, of a tile: [word][row of
+// the tile].
 enum class RowForm {
   kF32,   // a word is one element
   kBF16,  // two elements, rounded to bf16
-  kInt8,  // four elements, rounded to int8 (or half as many, as int16) under one scale per 32
+  kInt8,  // four elements, rounded to int8 (or half as many, as int16) under one scale per group
 };
+// Blocks of 32 elements under one scale, counted from the row's start: 256 elements, as llama.cpp has it for
+// its K-quants. The weights' scales alone change from block to block, so that a row's is applied rarely.
+inline constexpr int64_t kRowGroupBlocks = 8;
 // Further words that kInt8 keeps per 32 elements, of a tile: [block][RowWord][row of the tile].
 enum RowWord : int {
-  kRowScale,      // fp32: element = scale · integer
-  kRowSum,        // fp32: scale · sum of the integers
+  kRowScale,      // fp32: element = scale · integer; the group's
+  kRowSum,        // fp32: sum of the integers
   kRowOffset,     // int32: -128 · sum
   kRowHalfFirst,  // int32: -32 · sum of the first 16
   kRowHalfSecond,
@@ -51,9 +55,10 @@ struct MatMulKernel {
   void (*multiply)(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part,
                    std::byte* scratch) = nullptr;
 };
-MatMulKernel FloatMatMulFor(const Isa& isa);  // f32, f16, bf16
-MatMulKernel BF16MatMulFor(const Isa& isa);   // bf16 with x in bf16; `multiply` is null where the ISA cannot
-MatMulKernel Int8MatMulFor(const Isa& isa);   // the quantised ones
+MatMulKernel FloatMatMulFor(const Isa& isa);   // f32, f16, bf16
+MatMulKernel BF16MatMulFor(const Isa& isa);    // bf16 with x in bf16; `multiply` is null where the ISA cannot
+MatMulKernel Int8MatMulFor(const Isa& isa);    // q8_0, q4_0, q4
+MatMulKernel KQuantMatMulFor(const Isa& isa);  // q4_k, q5_k, q6_k
 
 // norm.cc, gather.cc: rows [begin, end).
 using RmsNormFn = void (*)(const RmsNormArgs& args, int64_t begin, int64_t end);

@@ -2,7 +2,8 @@
 // [matmul|others]
 //
 // "gflops" counts 2 per multiply-add. "gbps" counts the weights or cache entries that an op must read once.
-// "fraction" is of the machine's peak for that arithmetic (many rows) or of its read bandwidth (few).
+// "fraction" is of the roofline: of the machine's peak for that arithmetic, or of its read bandwidth,
+// whichever would take longer.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -34,7 +35,7 @@ class Report {
     Measure(op, multiply_adds, bytes, 0, 0, body);
   }
 
-  // peak_gflops or peak_gbps, where not 0, is what "fraction" is of.
+  // peak_gflops, peak_gbps: what "fraction" is of; 0: nothing.
   template <class Body>
   void Measure(const std::string& op, double multiply_adds, double bytes, double peak_gflops,
                double peak_gbps, const Body& body) {
@@ -48,8 +49,9 @@ class Report {
     } while (Clock::now() - begin < std::chrono::milliseconds(80));
     std::printf("%s\n  {\"op\": \"%s\", \"microseconds\": %.2f, \"gflops\": %.1f, \"gbps\": %.2f", separator_,
                 op.c_str(), best * 1e6, 2 * multiply_adds / best * 1e-9, bytes / best * 1e-9);
-    if (peak_gflops > 0) std::printf(", \"fraction\": %.3f", 2 * multiply_adds / best * 1e-9 / peak_gflops);
-    if (peak_gbps > 0) std::printf(", \"fraction\": %.3f", bytes / best * 1e-9 / peak_gbps);
+    const double computing = peak_gflops > 0 ? 2 * multiply_adds / peak_gflops * 1e-9 : 0;
+    const double reading = peak_gbps > 0 ? bytes / peak_gbps * 1e-9 : 0;
+    if (computing + reading > 0) std::printf(", \"fraction\": %.3f", std::max(computing, reading) / best);
     std::printf("}");
     separator_ = ",";
   }
@@ -105,19 +107,21 @@ void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, 
         weights.push_back(*backend.LoadWeight({bytes.data(), dtype, shape.out, shape.in}, dtype));
       }
       const double peak = IsQuantized(dtype) ? peaks.int8 : bf16_dot ? peaks.bf16 : peaks.fp32;
-      for (const int64_t rows : {1, 4, 8, 16, 128}) {
-        if (rows == 128 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
-        const std::vector<float> x = Normals(static_cast<size_t>(rows * shape.in));
-        std::vector<float> y(static_cast<size_t>(rows * shape.out));
+      for (const int64_t rows : {1, 2, 4, 8, 16, 32, 128, 512}) {
+        if (rows > 32 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
+        const std::vector<float> values = Normals(static_cast<size_t>(rows * shape.in));
+        // As a model's: aligned, so that a vector of y is one line of the cache.
+        const Buffer x = *backend.Allocate(values.size() * sizeof(float));
+        backend.CopyToDevice(x.data(), values.data(), x.bytes());
+        const Buffer y = *backend.Allocate(static_cast<size_t>(rows * shape.out) * sizeof(float));
         size_t turn = 0;
         const std::string name = "matmul " + std::string(Name(dtype)) + (bf16_dot ? " x bf16" : "") +
                                  " rows " + std::to_string(rows) + " " + std::to_string(shape.out) + "x" +
                                  std::to_string(shape.in);
         report.Measure(name, static_cast<double>(rows) * shape.out * shape.in,
-                       static_cast<double>(bytes.size()), rows >= 64 ? peak : 0, rows < 64 ? peaks.read : 0,
-                       [&] {
+                       static_cast<double>(bytes.size()), peak, peaks.read, [&] {
                          const Weight& weight = weights[turn++ % weights.size()];
-                         backend.MatMul({x.data(), weight.view, nullptr, y.data(), rows, false});
+                         backend.MatMul({x.as<float>(), weight.view, nullptr, y.as<float>(), rows, false});
                        });
       }
     }

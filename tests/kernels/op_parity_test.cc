@@ -68,7 +68,7 @@ void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dty
   const Matrix weight = RandomMatrix(random, dtype, out, in);
   const BothWeights loaded(backend, reference, weight);
   const std::vector<float> values = weight.Values();
-  std::vector<float> x = IsQuantized(dtype) ? IntegerRows(random, rows * in) : Normals(random, rows * in);
+  std::vector<float> x = IsQuantized(dtype) ? IntegerRows(random, rows, in) : Normals(random, rows * in);
   if (x_dtype == DType::kBF16) {
     for (float& value : x) value = BF16ToFloat(FloatToBF16(value));
   }
@@ -142,9 +142,9 @@ TEST_P(OpParity, MatMulWithActivationsInBf16) {
   }
 }
 
-// Any x: off by no more than rounding x to 1/254 of its block's largest element can cause.
+// Any x: off by no more than rounding x to 1/254 of its group's largest element can cause.
 TEST_P(OpParity, MatMulQuantizedActivations) {
-  const int64_t rows = 5, in = 512, out = 40;
+  const int64_t rows = 5, in = 3 * kRowGroup, out = 40;
   for (const DType dtype : kQuantized) {
     const Matrix weight = RandomMatrix(random_, dtype, out, in);
     const BothWeights loaded(*actual_, *reference_, weight);
@@ -156,9 +156,9 @@ TEST_P(OpParity, MatMulQuantizedActivations) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t o = 0; o < out; ++o) {
         double bound = 0;
-        for (int64_t b = 0; b < in; b += 32) {
+        for (int64_t b = 0; b < in; b += kRowGroup) {
           double largest = 0, weights = 0;
-          for (int64_t k = b; k < b + 32; ++k) {
+          for (int64_t k = b; k < b + kRowGroup; ++k) {
             largest = std::max<double>(largest, std::abs(x[r * in + k]));
             weights += std::abs(values[o * in + k]);
           }

@@ -75,15 +75,19 @@ Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols) {
   return matrix;
 }
 
-std::vector<float> IntegerRows(Random& random, size_t count) {
-  std::vector<float> values(count);
-  for (size_t block = 0; block < count; block += 32) {
-    const float scale = std::ldexp(1.0f, UniformInt(random, -9, -5));
-    for (size_t i = block; i < std::min(block + 32, count); ++i) {
-      values[i] = scale * static_cast<float>(UniformInt(random, -127, 127));
+std::vector<float> IntegerRows(Random& random, int64_t rows, int64_t cols) {
+  std::vector<float> values(static_cast<size_t>(rows * cols));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t first = 0; first < cols; first += kRowGroup) {
+      float* const group = values.data() + r * cols + first;
+      const int64_t count = std::min<int64_t>(kRowGroup, cols - first);
+      const float scale = std::ldexp(1.0f, UniformInt(random, -9, -5));
+      for (int64_t i = 0; i < count; ++i) {
+        group[i] = scale * static_cast<float>(UniformInt(random, -127, 127));
+      }
+      group[UniformInt(random, 0, static_cast<int>(count) - 1)] =
+          UniformInt(random, 0, 1) == 0 ? scale * 127 : scale * -127;
     }
-    values[std::min(block + static_cast<size_t>(UniformInt(random, 0, 31)), count - 1)] =
-        UniformInt(random, 0, 1) == 0 ? scale * 127 : scale * -127;
   }
   return values;
 }

@@ -31,8 +31,10 @@ struct Matrix {
 };
 Matrix RandomMatrix(Random& random, DType dtype, int64_t rows, int64_t cols);
 
-// Rows that quantising to int8, a scale per 32 elements, leaves as they are. count: of whole blocks.
-std::vector<float> IntegerRows(Random& random, size_t count);
+// Activations meet quantised weights in int8, with a scale for so many elements, counted from a row's start.
+inline constexpr int64_t kRowGroup = 256;
+// Rows that this leaves as they are.
+std::vector<float> IntegerRows(Random& random, int64_t rows, int64_t cols);
 Weight Loaded(Backend& backend, const Matrix& matrix);
 
 std::unique_ptr<Backend> CpuBackend(const std::string& isa, int threads,
