@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same for int8 and int4. A block of threads has the entries of one slice of 16, because an int4 byte has
-// the keys of two of them; of those that are not this step's, nothing is changed.
+// The same for formats with scales. A block of threads has the entries of one slice of 16, because an int4
+// byte has the keys of two of them; of those that are not this step's, nothing is changed.
 template <KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
-    StoreIntegerKvKernel(const float* key, const float* value, KvTables tables) {
-  constexpr int kTop = kFormat == KvFormat::kInt8 ? 127 : 7;
+    StoreScaledKvKernel(const float* key, const float* value, KvTables tables) {
+  constexpr int kTop = TopOf(kFormat);
   const PageLayout& page = tables.exact;
   const int head_dim = page.head_dim, stride = head_dim + 1;
   SharedArena arena;
@@ -92,12 +92,12 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   const auto key_at = [&](int e, int dimension) {
-    return static_cast<uint32_t>(Quantized(keys[e * stride + dimension], scales[e], kTop));
+    return Quantized(keys[e * stride + dimension], scales[e], kFormat);
   };
   const auto value_at = [&](int e, int dimension) {
-    return static_cast<uint32_t>(Quantized(value[source(e) + dimension], scales[kTile + e], kTop));
+    return Quantized(value[source(e) + dimension], scales[kTile + e], kFormat);
   };
-  constexpr int kPerByte = kFormat == KvFormat::kInt8 ? 1 : 2, kBytes = kTile / kPerByte;
+  constexpr int kPerByte = 8 / BitsOf(kFormat), kBytes = kTile / kPerByte;
   for (int i = me; i < kBytes * head_dim; i += kThreads) {
     const int dimension = i / kBytes, e = i % kBytes;
     std::byte* to = block + page.KeyIndex(dimension, offset + e) / kPerByte;
@@ -150,10 +150,11 @@ cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) {
       UploadKvTables(context, args.sequences, args.pool, args.kv_heads, /*principal=*/false, &error);
   if (error != cudaSuccess) return error;
   auto* kernel = tables.exact.format == KvFormat::kF32 ? StoreKvKernel<float> : StoreKvKernel<uint16_t>;
-  if (tables.exact.format == KvFormat::kInt8) kernel = StoreIntegerKvKernel<KvFormat::kInt8>;
-  if (tables.exact.format == KvFormat::kInt4) kernel = StoreIntegerKvKernel<KvFormat::kInt4>;
-  // Integers are cut where slices begin, which may be one tile more.
-  const int tiles = CeilDiv(most, kTile) + (IsInteger(tables.exact.format) ? 1 : 0);
+  if (tables.exact.format == KvFormat::kFp8) kernel = StoreScaledKvKernel<KvFormat::kFp8>;
+  if (tables.exact.format == KvFormat::kInt8) kernel = StoreScaledKvKernel<KvFormat::kInt8>;
+  if (tables.exact.format == KvFormat::kInt4) kernel = StoreScaledKvKernel<KvFormat::kInt4>;
+  // These are cut where slices begin, which may be one tile more.
+  const int tiles = CeilDiv(most, kTile) + (HasScales(tables.exact.format) ? 1 : 0);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.kv_heads),
                   static_cast<unsigned>(args.sequences.size()));
   return Launch("StoreKv", kernel, grid, dim3(kThreads),

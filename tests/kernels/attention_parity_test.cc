@@ -22,7 +22,7 @@ std::vector<CacheShape> CacheShapes() {
     shapes.push_back({format, 32, 3, 32, 64});
     shapes.push_back({format, 24, 1, 64, 16});
   }
-  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : {KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     shapes.push_back({format, 6, 2, 16, 16});
     shapes.push_back({format, 40, 2, 32, 48});
     shapes.push_back({format, 64, 2, 64, 64});
@@ -174,7 +174,7 @@ TEST_P(CacheParity, AttentionOverShapes) {
 
 TEST_P(CacheParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
-    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    for (const KvFormat format : kKvFormats) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
       CheckAttention(random_, *actual_, *reference_, problem, group, IsCuda(GetParam()));
       ASSERT_FALSE(HasFailure());
@@ -184,7 +184,7 @@ TEST_P(CacheParity, AttentionOverGroups) {
 
 // Chunks of a sequence that go to different threads, and a tile and a chunk that end in mid-slice.
 TEST_P(CacheParity, AttentionOverLongSequences) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : kKvFormats) {
     CacheProblem problem(random_, {format, 32, 1, 32, 32}, {{1, 1500, 700}, {3, 513, 0}}, true);
     CheckAttention(random_, *actual_, *reference_, problem, 3, IsCuda(GetParam()));
     ASSERT_FALSE(HasFailure());
