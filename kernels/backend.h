@@ -60,6 +60,7 @@ class Backend {
   virtual void Attention(const AttentionArgs& args) = 0;
   virtual void StoreQueries(const StoreQueriesArgs& args) = 0;
   virtual void FitPrincipalKeys(const FitPrincipalKeysArgs& args) = 0;
+  virtual void SampleTokens(const SampleTokensArgs& args) = 0;
 
   // Linear layers with low-rank inputs, for backends that have both ops: how fast MatMul is with such weights
   // as a multiple of fp32 ones, at many rows. 0: this backend has not.

@@ -166,6 +166,11 @@ class CudaBackend final : public Backend {
     });
   }
 
+  void SampleTokens(const SampleTokensArgs& args) override {
+    Check(cuda::SampleTokens(context_, args), "SampleTokens",
+          [&] { return absl::StrCat(args.rows.size(), " rows of ", args.vocab, " logits"); });
+  }
+
   absl::Status Synchronize() override {
     const cudaError_t error = cudaStreamSynchronize(context_.stream);
     staging_.Reset();

@@ -30,6 +30,8 @@ cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);           
 cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args);            // kv_store.cu
 cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args);  // kv_store.cu
 cudaError_t Attention(const OpContext& context, const AttentionArgs& args);        // attention.cu
+// As reports are below, `out` is.
+cudaError_t SampleTokens(const OpContext& context, const SampleTokensArgs& args);  // sample.cu
 // Reports are written by Staging::Reset(), once the stream has been synchronized.
 cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args);  // principal_fit.cu
 

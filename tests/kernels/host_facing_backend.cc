@@ -212,6 +212,16 @@ class HostFacingBackend final : public Backend {
     mirror.Finish();
   }
 
+  void SampleTokens(const SampleTokensArgs& args) override {
+    Mirror mirror(device_.get());
+    int64_t rows = 0;
+    for (const SampleRow& row : args.rows) rows = std::max<int64_t>(rows, row.row + 1);
+    SampleTokensArgs on_device = args;
+    on_device.logits = mirror.In(args.logits, static_cast<size_t>(rows * args.vocab));
+    device_->SampleTokens(on_device);
+    mirror.Finish();
+  }
+
  private:
   std::unique_ptr<Backend> device_;
 };
