@@ -233,9 +233,8 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
       backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
     }
-    backend_->Rope({query, batch.positions, inverse_frequency, c.heads, c.head_dim});
-    backend_->Rope({key, batch.positions, inverse_frequency, c.kv_heads, c.head_dim});
-    backend_->StoreKv({key, value, a.sequences, kv_cache.pool(), c.kv_heads});
+    backend_->RotateAndStore({query, key, value, batch.positions, inverse_frequency, a.sequences,
+                              kv_cache.pool(), c.heads, c.kv_heads});
     backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
     FitPrincipalKeys(l, kv_cache);
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,

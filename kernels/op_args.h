@@ -102,6 +102,19 @@ struct StoreKvArgs {
   int kv_heads = 0;
 };
 
+// Rope of queries and keys and StoreKv in one.
+struct RotateAndStoreArgs {
+  float* query = nullptr;                    // [rows, heads, head_dim], in place
+  float* key = nullptr;                      // [rows, kv_heads, head_dim]; afterwards rotated or not
+  const float* value = nullptr;              // [rows, kv_heads, head_dim]
+  std::span<const int32_t> positions;        // host, [rows]
+  const float* inverse_frequency = nullptr;  // [head_dim / 2]
+  std::span<const KvSequence> sequences;     // all rows belong to one of them
+  KvPool pool;
+  int heads = 0;
+  int kv_heads = 0;
+};
+
 // out = softmax(scale · q·Kᵀ + log_mass) V over the principal entries and the causally visible exact entries
 // of each row's sequence. One kernel family for exact and compressed context. Query head h reads kv head h /
 // (heads / kv_heads).

@@ -145,6 +145,13 @@ class CudaBackend final : public Backend {
     });
   }
 
+  void RotateAndStore(const RotateAndStoreArgs& args) override {
+    Check(cuda::RotateAndStore(context_, args), "RotateAndStore", [&] {
+      return absl::StrCat(args.positions.size(), " rows of ", args.sequences.size(), " sequences, ",
+                          args.heads, " and ", args.kv_heads, " heads of ", args.pool.exact->head_dim());
+    });
+  }
+
   void Attention(const AttentionArgs& args) override {
     Check(cuda::Attention(context_, args), "Attention", [&] {
       return absl::StrCat(RowsOf(args.sequences), " rows of ", args.sequences.size(), " sequences, ",

@@ -50,6 +50,34 @@ TEST_P(CacheParity, StoreKv) {
   }
 }
 
+// The same bits as its three ops.
+TEST_P(CacheParity, RotateAndStore) {
+  for (const CacheShape& shape : CacheShapes()) {
+    CacheProblem problem(random_, shape, {{1, 1, 0}, {17, 17, 3}, {5, 30, 0}, {1, 33, 0}, {40, 77, 0}},
+                         false);
+    const int heads = shape.kv_heads * UniformInt(random_, 1, 9);
+    const auto count = [&](int n) { return static_cast<size_t>(problem.rows()) * n * shape.head_dim; };
+    std::vector<float> query = Normals(random_, count(heads)), expected_query = query;
+    std::vector<float> key = Normals(random_, count(shape.kv_heads)), expected_key = key;
+    const std::vector<float> value = Normals(random_, count(shape.kv_heads));
+    std::vector<float> frequency(static_cast<size_t>(shape.head_dim / 2));
+    for (float& f : frequency) f = std::exp2(-static_cast<float>(UniformInt(random_, 0, 20)));
+    std::vector<int32_t> positions(static_cast<size_t>(problem.rows()));
+    for (int32_t& p : positions) p = UniformInt(random_, 0, 200000);
+    const std::vector<std::byte> before = problem.bytes();
+    actual_->RotateAndStore({query.data(), key.data(), value.data(), positions, frequency.data(),
+                             problem.sequences(), problem.pool(), heads, shape.kv_heads});
+    const std::vector<std::byte> actual = problem.bytes();
+    problem.bytes() = before;
+    actual_->Rope({expected_query.data(), positions, frequency.data(), heads, shape.head_dim});
+    actual_->Rope({expected_key.data(), positions, frequency.data(), shape.kv_heads, shape.head_dim});
+    actual_->StoreKv(
+        {expected_key.data(), value.data(), problem.sequences(), problem.pool(), shape.kv_heads});
+    EXPECT_TRUE(actual == problem.bytes()) << Name(shape.format) << " head_dim " << shape.head_dim;
+    EXPECT_TRUE(query == expected_query) << Name(shape.format) << " head_dim " << shape.head_dim;
+  }
+}
+
 // Largest |score| contributions and values that one query can meet, for the bound below.
 struct Norms {
   double score = 0;  // max_e scale·Σ|q_i·k_i| + |log_mass|

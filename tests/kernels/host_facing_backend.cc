@@ -170,6 +170,21 @@ class HostFacingBackend final : public Backend {
     mirror.Finish();
   }
 
+  void RotateAndStore(const RotateAndStoreArgs& args) override {
+    Mirror mirror(device_.get());
+    const auto head_dim = static_cast<size_t>(args.pool.exact->head_dim());
+    const size_t rows = args.positions.size(),
+                 kv_count = rows * static_cast<size_t>(args.kv_heads) * head_dim;
+    RotateAndStoreArgs on_device = args;
+    on_device.query = mirror.InOut(args.query, rows * static_cast<size_t>(args.heads) * head_dim);
+    on_device.key = mirror.InOut(args.key, kv_count);
+    on_device.value = mirror.In(args.value, kv_count);
+    on_device.inverse_frequency = mirror.In(args.inverse_frequency, head_dim / 2);
+    on_device.pool = MirrorPool(mirror, args.pool, Reach(args.sequences, args.pool, args.kv_heads));
+    device_->RotateAndStore(on_device);
+    mirror.Finish();
+  }
+
   void Attention(const AttentionArgs& args) override {
     Mirror mirror(device_.get());
     const size_t count = RowsOf(args.sequences) * static_cast<size_t>(args.heads) *
