@@ -34,7 +34,9 @@ struct Vocabulary {
 
 __device__ __forceinline__ float Never() { return __int_as_float(static_cast<int>(0xff800000u)); }
 
-__device__ __forceinline__ float Sane(float logit) { return logit != logit ? Never() : fminf(logit, kLargest); }
+__device__ __forceinline__ float Sane(float logit) {
+  return logit != logit ? Never() : fminf(logit, kLargest);
+}
 
 // Ordered as the logits are; -0 is 0.
 __device__ __forceinline__ uint32_t KeyOf(float logit) {
