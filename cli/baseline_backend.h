@@ -52,6 +52,7 @@ class BaselineBackend : public Backend {
   void Attention(const AttentionArgs& args) override { inner_->Attention(args); }
   void StoreQueries(const StoreQueriesArgs& args) override { inner_->StoreQueries(args); }
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override;
+  void SampleTokens(const SampleTokensArgs& args) override { inner_->SampleTokens(args); }
   double LowRankMatMulSpeed(DType weight) const override { return inner_->LowRankMatMulSpeed(weight); }
   void LowRankInput(const LowRankInputArgs& args) override { inner_->LowRankInput(args); }
   void LowRankOutput(const LowRankOutputArgs& args) override { inner_->LowRankOutput(args); }

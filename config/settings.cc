@@ -101,8 +101,10 @@ std::vector<Setting> MakeTable() {
        .multiple_of = 16},
       {.key = "kv_cache.dtype",
        .member = ATP_MEMBER(String, kv_cache.dtype),
-       .meaning = "element type of keys and values; auto: bf16 where the weights are 16-bit, else f32",
-       .choices = {"auto", "f32", "bf16", "int8", "int4"}},
+       .meaning = "element type of keys and values; auto: bf16 where the weights are 16-bit, else f32; fp8, "
+                  "int8 and "
+                  "int4 have a scale per key and per value",
+       .choices = {"auto", "f32", "bf16", "fp8", "int8", "int4"}},
       {.key = "kv_cache.prefix_cache",
        .member = ATP_MEMBER(bool, kv_cache.prefix_cache),
        .meaning = "keep blocks of finished requests for prompts that begin alike"},

@@ -66,6 +66,27 @@ absl::Status PlanLowRank(LlamaModel* model, BatchingEngineOptions* options) {
   return absl::OkStatus();
 }
 
+// Whether the entry's rows reach its sequence's last known token, so that the next one is drawn.
+bool Samples(const BatchEntry& entry) {
+  return entry.sequence->position() + entry.rows >= entry.sequence->total_tokens();
+}
+
+bool ScoresPrompt(const BatchEntry& entry) {
+  const Sequence& sequence = *entry.sequence;
+  return sequence.scores_prompt() && sequence.scored_tokens() < sequence.prompt_tokens() && entry.logits > 0;
+}
+
+// Of the entry's first row with logits.
+int FirstPosition(const Batch& batch, const BatchEntry& entry) {
+  return batch.positions[static_cast<size_t>(batch.logit_rows[static_cast<size_t>(entry.first_logit)])];
+}
+
+// Of the entry's rows of logits, those that judge a token of its prompt, the one behind them.
+int ScoredRows(const Batch& batch, const BatchEntry& entry) {
+  if (!ScoresPrompt(entry)) return 0;
+  return std::min(entry.logits, entry.sequence->prompt_tokens() - 1 - FirstPosition(batch, entry));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* backend, LlamaModel* model,
@@ -120,7 +141,7 @@ BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
       plans_(std::move(plan), shape, options.override_settings),
       queue_(options.max_waiting_requests),
       scheduler_(MakeSchedulerOptions(options, model->limits(), kv_cache_, max_positions_)),
-      sampler_(vocab_size_),
+      sample_rows_(vocab_size_),
       thread_([this] { Run(); }) {}
 
 BatchingEngine::~BatchingEngine() {
@@ -230,9 +251,11 @@ void BatchingEngine::Step() {
   EmitFinished();  // whose deadline has passed
   if (batch.empty()) return;
   NoteStarted(batch, begin);
-  const absl::StatusOr<std::span<const float>> logits = model_->Forward(batch, kv_cache_);
-  if (!logits.ok()) return Fail(logits.status());
-  scheduler_.Commit(batch, Sample(batch, *logits));
+  AskForTokens(batch);
+  const absl::Status computed =
+      model_->Forward(batch, kv_cache_, sample_rows_.rows(), sample_rows_.sampled());
+  if (!computed.ok()) return Fail(computed);
+  scheduler_.Commit(batch, TakeTokens(batch));
 
   const absl::Time end = absl::Now();
   Report(batch, end - begin);
@@ -249,46 +272,45 @@ void BatchingEngine::NoteStarted(const Batch& batch, absl::Time now) {
   }
 }
 
-// logits: [batch.logit_rows.size(), vocab_size]. Returns a token per entry; entries that end before their
-// sequence's last known token have none (and Commit does not look).
-std::span<const TokenId> BatchingEngine::Sample(const Batch& batch, std::span<const float> logits) {
-  sampled_.assign(batch.entries.size(), std::nullopt);
-  tokens_.assign(batch.entries.size(), 0);
-  for (size_t i = 0; i < batch.entries.size(); ++i) {
-    const BatchEntry& entry = batch.entries[i];
+// What the entries want of their rows of logits, in order: TakeTokens goes the same way.
+void BatchingEngine::AskForTokens(const Batch& batch) {
+  sample_rows_.Clear();
+  for (const BatchEntry& entry : batch.entries) {
     const Sequence& sequence = *entry.sequence;
     AnswerStream& stream = *sequence.stream();
-    const std::span<const float> rows = logits.subspan(static_cast<size_t>(entry.first_logit) * vocab_size_,
-                                                       static_cast<size_t>(entry.logits) * vocab_size_);
-    if (sequence.scores_prompt()) ScorePrompt(batch, entry, rows);
-    if (sequence.position() + entry.rows < sequence.total_tokens()) continue;
+    const int scored = ScoredRows(batch, entry);
+    for (int i = 0; i < scored; ++i) {
+      const auto token = static_cast<size_t>(FirstPosition(batch, entry) + i + 1);
+      sample_rows_.Score(entry.first_logit + i, sequence.prompt()[token], *stream.sampling().logprobs);
+    }
+    if (!Samples(entry)) continue;
     SampleContext context;
     context.params = &stream.sampling();
     context.seed = stream.seed();
     context.prompt = sequence.prompt();
     context.generated = sequence.generated();
     context.forbidden = stream.forbidden();
-    sampled_[i] = sampler_.Sample(rows.last(vocab_size_), context);
+    sample_rows_.Draw(entry.first_logit + entry.logits - 1, context);
+  }
+}
+
+// Returns a token per entry; entries that end before their sequence's last known token have none (and Commit
+// does not look).
+std::span<const TokenId> BatchingEngine::TakeTokens(const Batch& batch) {
+  sampled_.assign(batch.entries.size(), std::nullopt);
+  tokens_.assign(batch.entries.size(), 0);
+  size_t row = 0;
+  for (size_t i = 0; i < batch.entries.size(); ++i) {
+    const BatchEntry& entry = batch.entries[i];
+    AnswerStream& stream = *entry.sequence->stream();
+    const int scored = ScoredRows(batch, entry);
+    for (int j = 0; j < scored; ++j) stream.AddPromptLogprob(*sample_rows_.Result(row++).logprob);
+    if (ScoresPrompt(entry) && scored < entry.logits) stream.SendPrompt();
+    if (!Samples(entry)) continue;
+    sampled_[i] = sample_rows_.Result(row++);
     tokens_[i] = sampled_[i]->token;
   }
   return tokens_;
-}
-
-// Each row of logits judges the token behind it.
-void BatchingEngine::ScorePrompt(const Batch& batch, const BatchEntry& entry, std::span<const float> rows) {
-  const Sequence& sequence = *entry.sequence;
-  if (sequence.scored_tokens() >= sequence.prompt_tokens()) return;
-  AnswerStream& stream = *sequence.stream();
-  const std::span<const TokenId> prompt = sequence.prompt();
-  for (int i = 0; i < entry.logits; ++i) {
-    const size_t position = batch.positions[batch.logit_rows[entry.first_logit + i]];
-    if (position + 1 == prompt.size()) {
-      stream.SendPrompt();
-      return;
-    }
-    stream.AddPromptLogprob(sampler_.Logprob(rows.subspan(static_cast<size_t>(i) * vocab_size_, vocab_size_),
-                                             prompt[position + 1], *stream.sampling().logprobs));
-  }
 }
 
 void BatchingEngine::Deliver(const Batch& batch, absl::Time now) {

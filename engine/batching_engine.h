@@ -73,8 +73,8 @@ class BatchingEngine : public Engine {
   bool TakeIntake();  // false: stop
   void Start(Submission submission);
   void Step();
-  std::span<const TokenId> Sample(const Batch& batch, std::span<const float> logits);
-  void ScorePrompt(const Batch& batch, const BatchEntry& entry, std::span<const float> rows);
+  void AskForTokens(const Batch& batch);
+  std::span<const TokenId> TakeTokens(const Batch& batch);
   void Deliver(const Batch& batch, absl::Time now);
   void Fail(const absl::Status& status);
   void EmitFinished(const std::string& error = "");  // `error`: what kError answers say
@@ -94,7 +94,7 @@ class BatchingEngine : public Engine {
 
   RequestQueue queue_;   // shared with front ends' threads
   Scheduler scheduler_;  // CheckFits and MaxNewTokens from any thread, the rest is the engine thread's
-  Sampler sampler_;
+  SampleRows sample_rows_;
   std::vector<std::optional<Sampled>>
       sampled_;                  // [entries] of the step; none where the entry does not sample
   std::vector<TokenId> tokens_;  // [entries] of the step

@@ -180,6 +180,24 @@ absl::Status LlamaModel::AllocateActivations() {
 }
 
 absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache) {
+  ComputeLogits(batch, kv_cache);
+  Activations& a = *activations_;
+  const size_t logits = batch.logit_rows.size() * static_cast<size_t>(config_.vocab_size);
+  if (logits > 0) backend_->CopyToHost(a.host_logits.data(), a.logits.data(), logits * sizeof(float));
+  if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
+  return std::span<const float>(a.host_logits.as<float>(), logits);
+}
+
+absl::Status LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache, std::span<const SampleRow> rows,
+                                 std::span<SampledRow> sampled) {
+  ComputeLogits(batch, kv_cache);
+  if (!rows.empty())
+    backend_->SampleTokens({activations_->logits.as<float>(), config_.vocab_size, rows, sampled});
+  return backend_->Synchronize();
+}
+
+// Of the rows that are wanted, to Activations::logits.
+void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
   const LlamaConfig& c = config_;
   Activations& a = *activations_;
@@ -215,9 +233,8 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
     if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
       backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
     }
-    backend_->Rope({query, batch.positions, inverse_frequency, c.heads, c.head_dim});
-    backend_->Rope({key, batch.positions, inverse_frequency, c.kv_heads, c.head_dim});
-    backend_->StoreKv({key, value, a.sequences, kv_cache.pool(), c.kv_heads});
+    backend_->RotateAndStore({query, key, value, batch.positions, inverse_frequency, a.sequences,
+                              kv_cache.pool(), c.heads, c.kv_heads});
     backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
     FitPrincipalKeys(l, kv_cache);
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
@@ -232,16 +249,11 @@ absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, c
   }
 
   const int64_t wanted = static_cast<int64_t>(batch.logit_rows.size());
-  const size_t logits = static_cast<size_t>(wanted * c.vocab_size);
-  if (wanted > 0) {
-    float* const last = a.last.as<float>();
-    backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
-    norm(last, weights_.final_norm, last, wanted);
-    backend_->MatMul({last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
-    backend_->CopyToHost(a.host_logits.data(), a.logits.data(), logits * sizeof(float));
-  }
-  if (absl::Status synchronized = backend_->Synchronize(); !synchronized.ok()) return synchronized;
-  return std::span<const float>(a.host_logits.as<float>(), logits);
+  if (wanted == 0) return;
+  float* const last = a.last.as<float>();
+  backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
+  norm(last, weights_.final_norm, last, wanted);
+  backend_->MatMul({last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
 }
 
 // Linear layers that read the same x [rows, in]. Rows of whole segments whose plan says so go through a

@@ -50,6 +50,10 @@ class LlamaModel {
   // Runs the batch, writing its keys and values to `kv_cache`. Returns host logits [batch.logit_rows.size(),
   // vocab_size], valid until the next call. Fails only when the device does.
   absl::StatusOr<std::span<const float>> Forward(const Batch& batch, const KvCache& kv_cache);
+  // The same, and samples where the logits are, which stay there: `rows` are of them, `sampled` has one for
+  // each.
+  absl::Status Forward(const Batch& batch, const KvCache& kv_cache, std::span<const SampleRow> rows,
+                       std::span<SampledRow> sampled);
 
   // What the last Forward compressed: a report for each fit of a kv head, and the time they took in all (of
   // the host, so it means little on an asynchronous device).
@@ -64,6 +68,7 @@ class LlamaModel {
   struct Linear;
   void RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
                  std::span<const Linear> linears);
+  void ComputeLogits(const Batch& batch, const KvCache& kv_cache);
   void FitPrincipalKeys(int layer, const KvCache& kv_cache);
 
   LlamaConfig config_;

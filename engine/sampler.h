@@ -1,5 +1,6 @@
-// Picks the next token from one row of logits. Stateless: the randomness of answer position t is a function
-// of (seed, t), so a preempted and recomputed sequence draws the same tokens, whatever else runs.
+// What is asked of each row of a step's logits, in the words of Backend::SampleTokens, and what comes back.
+// The randomness of answer position t is a function of (seed, t), so a preempted and recomputed sequence
+// draws the same tokens, whatever else runs.
 #ifndef ATP_ENGINE_SAMPLER_H_
 #define ATP_ENGINE_SAMPLER_H_
 
@@ -10,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "engine/request.h"
+#include "kernels/op_args.h"
 
 namespace atp {
 
@@ -26,29 +28,32 @@ struct Sampled {
   std::optional<TokenLogprob> logprob;  // when params->logprobs is set
 };
 
-// Owns scratch of the vocabulary's size; one per thread. Its random numbers: engine/philox.h, key = seed,
-// counter = t. A NaN logit is never chosen; if every logit is -inf or NaN, the answer is token 0.
-class Sampler {
+// Of one step. The random numbers: engine/philox.h, key = seed, counter = t.
+class SampleRows {
  public:
-  explicit Sampler(int vocab_size);
+  explicit SampleRows(int vocab_size) : places_(static_cast<size_t>(vocab_size)) {}
 
-  // Order of operations: logprobs of the raw logits; logit_bias; penalties; forbidden; temperature; top_k;
-  // top_p; min_p; draw. Ties break toward the smaller id, so greedy is deterministic. logits: [vocab_size],
-  // not changed.
-  Sampled Sample(std::span<const float> logits, const SampleContext& context);
+  void Clear();
+  // A token is drawn from `row` of the logits. The context's spans are not read again.
+  void Draw(int row, const SampleContext& context);
+  // Log probability of `token` and of the `top` most likely ones at `row`: for prompts that are echoed.
+  void Score(int row, TokenId token, int top);
 
-  // Log probability of `token` and of the `top` most likely ones under softmax(logits): for prompts that are
-  // echoed.
-  TokenLogprob Logprob(std::span<const float> logits, TokenId token, int top);
+  // In order of the calls above, until the next one.
+  std::span<const SampleRow> rows();
+  std::span<SampledRow> sampled() { return {sampled_.data(), rows_.size()}; }
+  // Of row `index`, once it has been sampled.
+  Sampled Result(size_t index) const;
 
  private:
-  void Adjust(const SampleContext& context);     // logit_bias, penalties and forbidden, on scratch_
-  TokenId Choose(const SampleContext& context);  // greedy or a draw, from scratch_
+  SampleRow& NextRow();
+  LogitAdjustment* Adjustment(TokenId token);  // null: no such token
 
-  std::vector<float> scratch_;   // adjusted logits
-  std::vector<double> weights_;  // of the tokens, relative to the best one's
-  std::vector<int32_t> order_;   // candidates
-  std::vector<int32_t> counts_;  // all zero between calls
+  std::vector<SampleRow> rows_;
+  std::vector<SampledRow> sampled_;
+  std::vector<LogitAdjustment> adjustments_;  // of all rows
+  std::vector<size_t> ends_;                  // [rows] of each row's adjustments
+  std::vector<int32_t> places_;  // [vocab] of the row in progress: from its first one, plus 1; else 0
 };
 
 // InvalidArgument naming the field, its value and its range, as OpenAI names it ("temperature", "top_p", …).

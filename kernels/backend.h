@@ -57,9 +57,17 @@ class Backend {
   virtual void Rope(const RopeArgs& args) = 0;
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
   virtual void StoreKv(const StoreKvArgs& args) = 0;
+  // Its three ops one after another, where a backend has nothing better.
+  virtual void RotateAndStore(const RotateAndStoreArgs& args) {
+    const int head_dim = args.pool.exact->head_dim();
+    Rope({args.query, args.positions, args.inverse_frequency, args.heads, head_dim});
+    Rope({args.key, args.positions, args.inverse_frequency, args.kv_heads, head_dim});
+    StoreKv({args.key, args.value, args.sequences, args.pool, args.kv_heads});
+  }
   virtual void Attention(const AttentionArgs& args) = 0;
   virtual void StoreQueries(const StoreQueriesArgs& args) = 0;
   virtual void FitPrincipalKeys(const FitPrincipalKeysArgs& args) = 0;
+  virtual void SampleTokens(const SampleTokensArgs& args) = 0;
 
   // Linear layers with low-rank inputs, for backends that have both ops: how fast MatMul is with such weights
   // as a multiple of fp32 ones, at many rows. 0: this backend has not.

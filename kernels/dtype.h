@@ -73,6 +73,32 @@ constexpr uint16_t FloatToF16(float value) {
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 }
 
+// The 8-bit float e4m3fn (OCP 8-bit floating point): up to 448, no infinity.
+constexpr float E4M3ToFloat(uint8_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x80u) << 24;
+  const uint32_t magnitude = bits & 0x7fu;
+  if (magnitude == 0x7f) return std::bit_cast<float>(sign | 0x7fc00000u);
+  if (magnitude >= 8) return std::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-9f;
+  return sign ? -subnormal : subnormal;
+}
+
+// Round to nearest even; too large becomes 448, NaN stays NaN.
+constexpr uint8_t FloatToE4M3(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t sign = bits >> 24 & 0x80u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+  if (magnitude >= std::bit_cast<uint32_t>(448.0f)) return static_cast<uint8_t>(sign | 0x7eu);
+  if (magnitude < std::bit_cast<uint32_t>(0x1p-6f)) {
+    // Subnormal: adding 2^14 leaves the value in units of 2^-9 in the low bits, rounded by the addition.
+    const float rounded = std::bit_cast<float>(magnitude) + 0x1p14f;
+    return static_cast<uint8_t>(sign | (std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(0x1p14f)));
+  }
+  const uint32_t odd = (magnitude >> 20) & 1u;
+  return static_cast<uint8_t>(sign | ((magnitude - (120u << 23) + 0x7ffffu + odd) >> 20));
+}
+
 }  // namespace atp
 
 #endif  // ATP_KERNELS_DTYPE_H_

@@ -43,11 +43,14 @@ void StoreElement(std::byte* array, size_t index, KvFormat format, float value, 
       std::memcpy(array + index * 2, &bits, 2);
       return;
     }
+    case KvFormat::kFp8:
+      array[index] = static_cast<std::byte>(scale == 0 ? 0 : FloatToE4M3(value / scale));
+      return;
     case KvFormat::kInt8:
-      array[index] = static_cast<std::byte>(Quantize(value, scale, 127));
+      array[index] = static_cast<std::byte>(Quantize(value, scale, TopOf(format)));
       return;
     case KvFormat::kInt4: {
-      const auto half = static_cast<std::byte>(Quantize(value, scale, 7) & 15);
+      const auto half = static_cast<std::byte>(Quantize(value, scale, TopOf(format)) & 15);
       std::byte& byte = array[index / 2];
       byte = index % 2 == 0 ? (byte & std::byte{0xf0}) | half : (byte & std::byte{0x0f}) | (half << 4);
       return;
@@ -67,6 +70,8 @@ float LoadElement(const std::byte* array, size_t index, KvFormat format, float s
       std::memcpy(&bits, array + index * 2, 2);
       return BF16ToFloat(bits);
     }
+    case KvFormat::kFp8:
+      return E4M3ToFloat(static_cast<uint8_t>(array[index])) * scale;
     case KvFormat::kInt8:
       return static_cast<float>(static_cast<int8_t>(array[index])) * scale;
     case KvFormat::kInt4: {
@@ -86,6 +91,8 @@ std::string_view Name(KvFormat format) {
       return "f32";
     case KvFormat::kBF16:
       return "bf16";
+    case KvFormat::kFp8:
+      return "fp8";
     case KvFormat::kInt8:
       return "int8";
     case KvFormat::kInt4:
@@ -95,7 +102,7 @@ std::string_view Name(KvFormat format) {
 }
 
 std::optional<KvFormat> KvFormatFromName(std::string_view name) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : kKvFormats) {
     if (Name(format) == name) return format;
   }
   return std::nullopt;
@@ -107,7 +114,7 @@ KvPage::KvPage(KvFormat format, int entries, int head_dim, bool with_log_mass)
   ABSL_ASSERT(head_dim > 0 && (format != KvFormat::kInt4 || head_dim % 2 == 0));
   const size_t count = static_cast<size_t>(entries);
   const size_t matrix_bytes = count * static_cast<size_t>(head_dim) * static_cast<size_t>(BitsOf(format)) / 8;
-  const size_t scale_bytes = IsInteger(format) ? count * sizeof(uint16_t) : 0;
+  const size_t scale_bytes = HasScales(format) ? count * sizeof(uint16_t) : 0;
   value_offset_ = matrix_bytes;
   key_scale_offset_ = 2 * matrix_bytes;
   value_scale_offset_ = key_scale_offset_ + scale_bytes;
@@ -133,10 +140,9 @@ size_t KvPage::ValueIndex(int dimension, int entry) const {
 void KvPage::Store(std::byte* block, int entry, const float* key, const float* value, float log_mass) const {
   ABSL_ASSERT(entry >= 0 && entry < entries_);
   float key_scale = 1, value_scale = 1;
-  if (IsInteger(format_)) {
-    const int top = format_ == KvFormat::kInt8 ? 127 : 7;
-    key_scale = ScaleFor(key, head_dim_, top);
-    value_scale = ScaleFor(value, head_dim_, top);
+  if (HasScales(format_)) {
+    key_scale = ScaleFor(key, head_dim_, TopOf(format_));
+    value_scale = ScaleFor(value, head_dim_, TopOf(format_));
     StoreElement(block + key_scale_offset_, entry, KvFormat::kBF16, key_scale, 1);
     StoreElement(block + value_scale_offset_, entry, KvFormat::kBF16, value_scale, 1);
   }
@@ -150,7 +156,7 @@ void KvPage::Store(std::byte* block, int entry, const float* key, const float* v
 void KvPage::Load(const std::byte* block, int entry, float* key, float* value, float* log_mass) const {
   ABSL_ASSERT(entry >= 0 && entry < entries_);
   float key_scale = 1, value_scale = 1;
-  if (IsInteger(format_)) {
+  if (HasScales(format_)) {
     key_scale = LoadElement(block + key_scale_offset_, entry, KvFormat::kBF16, 1);
     value_scale = LoadElement(block + value_scale_offset_, entry, KvFormat::kBF16, 1);
   }

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string_view>
 
@@ -19,14 +20,22 @@ namespace atp {
 // Index of a block in the KV pool; its bytes start at pool + id * KvPage::bytes().
 using BlockId = int32_t;
 
-enum class KvFormat : uint8_t { kF32, kBF16, kInt8, kInt4 };
+enum class KvFormat : uint8_t { kF32, kBF16, kFp8, kInt8, kInt4 };  // fp8: e4m3
+inline constexpr KvFormat kKvFormats[] = {KvFormat::kF32, KvFormat::kBF16, KvFormat::kFp8, KvFormat::kInt8,
+                                          KvFormat::kInt4};
+inline constexpr int kKvFormatCount = static_cast<int>(std::size(kKvFormats));
 
 // Bits per element of keys and values.
 constexpr int BitsOf(KvFormat format) {
-  constexpr int bits[] = {32, 16, 8, 4};
+  constexpr int bits[] = {32, 16, 8, 8, 4};
   return bits[static_cast<int>(format)];
 }
-constexpr bool IsInteger(KvFormat format) { return BitsOf(format) <= 8; }
+// Formats with a scale per key and per value, and what the largest element of each is stored as.
+constexpr bool HasScales(KvFormat format) { return BitsOf(format) <= 8; }
+constexpr bool IsInteger(KvFormat format) { return HasScales(format) && format != KvFormat::kFp8; }
+constexpr int TopOf(KvFormat format) {
+  return format == KvFormat::kFp8 ? 448 : format == KvFormat::kInt8 ? 127 : 7;
+}
 
 std::string_view Name(KvFormat format);
 std::optional<KvFormat> KvFormatFromName(std::string_view name);
@@ -44,8 +53,8 @@ class KvPage {
 
   size_t key_offset() const { return 0; }
   size_t value_offset() const { return value_offset_; }
-  size_t key_scale_offset() const { return key_scale_offset_; }      // integer formats
-  size_t value_scale_offset() const { return value_scale_offset_; }  // integer formats
+  size_t key_scale_offset() const { return key_scale_offset_; }      // formats that have scales
+  size_t value_scale_offset() const { return value_scale_offset_; }  // formats that have scales
   size_t log_mass_offset() const { return log_mass_offset_; }        // meaningless without log mass
 
   // Host access to one entry of the block at `block` (reference backend, tests). key, value: [head_dim] fp32.

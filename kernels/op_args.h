@@ -102,6 +102,19 @@ struct StoreKvArgs {
   int kv_heads = 0;
 };
 
+// Rope of queries and keys and StoreKv in one.
+struct RotateAndStoreArgs {
+  float* query = nullptr;                    // [rows, heads, head_dim], in place
+  float* key = nullptr;                      // [rows, kv_heads, head_dim]; afterwards rotated or not
+  const float* value = nullptr;              // [rows, kv_heads, head_dim]
+  std::span<const int32_t> positions;        // host, [rows]
+  const float* inverse_frequency = nullptr;  // [head_dim / 2]
+  std::span<const KvSequence> sequences;     // all rows belong to one of them
+  KvPool pool;
+  int heads = 0;
+  int kv_heads = 0;
+};
+
 // out = softmax(scale · q·Kᵀ + log_mass) V over the principal entries and the causally visible exact entries
 // of each row's sequence. One kernel family for exact and compressed context. Query head h reads kv head h /
 // (heads / kv_heads).
@@ -188,6 +201,54 @@ struct LowRankOutputArgs {
   int64_t inner = 0;
   int64_t out = 0;
   bool accumulate = false;
+};
+
+// What is done to one token's logit before a draw, in this order.
+struct LogitAdjustment {
+  int32_t token = 0;
+  float bias = 0;          // added
+  bool seen = false;       // prompt or answer has it: repetition_penalty
+  int32_t times = 0;       // that the answer has it: presence_penalty + times · frequency_penalty, where > 0
+  bool forbidden = false;  // becomes -inf
+};
+
+inline constexpr int kMaxTopLogprobs = 20;
+
+// What is wanted of one row of logits. Ranges: SamplingParams in engine/request.h.
+struct SampleRow {
+  int32_t row = 0;
+  int32_t given = -1;     // at least 0: nothing is drawn, this is the token
+  float temperature = 1;  // 0: the best token
+  int32_t top_k = 0;      // 0: all
+  float top_p = 1;
+  float min_p = 0;
+  float repetition_penalty = 1;
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  double uniform = 0;         // the draw's random number, in [0, 1)
+  int32_t top_logprobs = -1;  // -1: no log probabilities; else of the token, and of so many likely ones
+  std::span<const LogitAdjustment> adjustments;  // host, of distinct tokens in [0, vocab)
+};
+
+struct SampledRow {
+  int32_t token = 0;
+  float logprob = 0;  // where asked for, under softmax(logits) as they are, as the next
+  int32_t top_tokens[kMaxTopLogprobs] = {};
+  float top_logprobs[kMaxTopLogprobs] = {};
+};
+
+// The next token of each row. Order of operations: adjustments; temperature; top_k; top_p; min_p; draw.
+// Tokens are ranked by logit, the smaller id first among equals. Weights are exp((logit - best) /
+// temperature) in double: top_p keeps the fewest tokens, by rank, with top_p of the weight of top_k's; min_p
+// those of a weight of at least min_p. The draw is the token, in order of ids, in whose share of the weight
+// `uniform` falls. A NaN counts as -inf and is never chosen, +inf as the largest float; if all are -inf,
+// the token is 0. A row's token does not depend on the others; backends' differ where a double's last digits
+// decide.
+struct SampleTokensArgs {
+  const float* logits = nullptr;  // [any, vocab]
+  int64_t vocab = 0;
+  std::span<const SampleRow> rows;  // host
+  std::span<SampledRow> out;        // host, one per row, valid after Synchronize()
 };
 
 }  // namespace atp

@@ -230,6 +230,8 @@ void AttendRun(const EntryRun& run, int begin, int end, const Rows& rows, PartSc
       return AttendTiles<float, float>(run, begin, end, rows, scratch);
     case KvFormat::kBF16:
       return AttendTiles<hwy::bfloat16_t, hwy::bfloat16_t>(run, begin, end, rows, scratch);
+    case KvFormat::kFp8:
+      return AttendTiles<float, E4M3>(run, begin, end, rows, scratch);
     case KvFormat::kInt8:
       return AttendTiles<float, int8_t>(run, begin, end, rows, scratch);
     case KvFormat::kInt4:

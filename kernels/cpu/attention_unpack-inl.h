@@ -1,4 +1,4 @@
-// Slices of integer pages as fp32, once per target.
+// Slices of 8- and 4-bit pages as fp32, once per target.
 #if defined(ATP_KERNELS_CPU_ATTENTION_UNPACK_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ATP_KERNELS_CPU_ATTENTION_UNPACK_INL_H_
 #undef ATP_KERNELS_CPU_ATTENTION_UNPACK_INL_H_
@@ -29,12 +29,43 @@ HWY_INLINE void LoadInt4(D d, const uint8_t* HWY_RESTRICT p, hn::Vec<D>& low, hn
   high = hn::ConvertTo(d, hn::ShiftRight<28>(hn::ShiftLeft<24>(bytes)));
 }
 
+// An element of an fp8 page.
+struct E4M3 {
+  uint8_t bits;
+};
+
+// Lanes(d) of them, as fp32. A normal one has fp32's exponent less 120; where it is 0, the value is what the
+// mantissa adds to 2^-6.
+template <class D>
+HWY_INLINE hn::Vec<D> LoadFp8(D d, const E4M3* HWY_RESTRICT p) {
+  const hn::RebindToUnsigned<D> du;
+  const auto bytes = hn::PromoteTo(du, hn::LoadU(hn::Rebind<uint8_t, D>(), &p->bits));
+  const auto sign = hn::ShiftLeft<24>(hn::And(bytes, hn::Set(du, 0x80u)));
+  const auto magnitude = hn::ShiftLeft<20>(hn::And(bytes, hn::Set(du, 0x7fu)));
+  const auto least = hn::Set(d, 0x1p-6f);
+  const auto normal = hn::BitCast(d, hn::Add(magnitude, hn::Set(du, 120u << 23)));
+  const auto subnormal = hn::Sub(hn::BitCast(d, hn::Add(magnitude, hn::Set(du, 121u << 23))), least);
+  return hn::Or(hn::IfThenElse(hn::Lt(normal, least), subnormal, normal), hn::BitCast(d, sign));
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> LoadByte(D d, const int8_t* HWY_RESTRICT p) {
+  return LoadInt8(d, p);
+}
+template <class D>
+HWY_INLINE hn::Vec<D> LoadByte(D d, const E4M3* HWY_RESTRICT p) {
+  return LoadFp8(d, p);
+}
+inline float FloatOf(int8_t x) { return static_cast<float>(x); }
+inline float FloatOf(E4M3 x) { return E4M3ToFloat(x.bits); }
+
 // One dimension of the 16 keys of a slice, times each entry's scale.
-HWY_INLINE void UnpackKeys(const int8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
+template <typename Byte>
+HWY_INLINE void UnpackKeys(const Byte* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
                            float* HWY_RESTRICT out) {
   const SliceTag d;
   ATP_UNROLL for (int v = 0; v < kSlice; v += kSliceLanes) {
-    hn::Store(hn::Mul(LoadInt8(d, row + v), hn::Load(d, scale + v)), d, out + v);
+    hn::Store(hn::Mul(LoadByte(d, row + v), hn::Load(d, scale + v)), d, out + v);
   }
 }
 HWY_INLINE void UnpackKeys(const uint8_t* HWY_RESTRICT row, const float* HWY_RESTRICT scale,
@@ -50,14 +81,15 @@ HWY_INLINE void UnpackKeys(const uint8_t* HWY_RESTRICT row, const float* HWY_RES
 }
 
 // One entry's value, times its scale.
-HWY_INLINE void UnpackValues(const int8_t* HWY_RESTRICT row, float scale, int head_dim,
+template <typename Byte>
+HWY_INLINE void UnpackValues(const Byte* HWY_RESTRICT row, float scale, int head_dim,
                              float* HWY_RESTRICT out) {
   const hn::ScalableTag<float> d;
   const int lanes = static_cast<int>(hn::Lanes(d));
   int i = 0;
   for (; i + lanes <= head_dim; i += lanes)
-    hn::StoreU(hn::Mul(LoadInt8(d, row + i), hn::Set(d, scale)), d, out + i);
-  for (; i < head_dim; ++i) out[i] = static_cast<float>(row[i]) * scale;
+    hn::StoreU(hn::Mul(LoadByte(d, row + i), hn::Set(d, scale)), d, out + i);
+  for (; i < head_dim; ++i) out[i] = FloatOf(row[i]) * scale;
 }
 HWY_INLINE void UnpackValues(const uint8_t* HWY_RESTRICT row, float scale, int head_dim,
                              float* HWY_RESTRICT out) {
@@ -76,8 +108,8 @@ HWY_INLINE void UnpackValues(const uint8_t* HWY_RESTRICT row, float scale, int h
   }
 }
 
-// Entries [offset, offset + 16) of a block to keys [head_dim, 64] and values [16, head_dim]. T: int8_t, or
-// uint8_t for pairs of int4.
+// Entries [offset, offset + 16) of a block to keys [head_dim, 64] and values [16, head_dim]. T: E4M3, int8_t,
+// or uint8_t for pairs of int4.
 template <typename T>
 HWY_INLINE void UnpackSlice(const KvPage& page, const std::byte* block, int offset, float* keys,
                             float* values) {

@@ -18,6 +18,7 @@
 #include "kernels/low_rank.h"
 #include "kernels/principal_segment.h"
 #include "kernels/quantized.h"
+#include "kernels/sample_tokens.h"
 
 namespace atp::cpu {
 namespace {
@@ -176,6 +177,8 @@ class CpuBackend final : public Backend {
   void SwiGlu(const SwiGluArgs& args) override {
     ForRows(args.rows * args.dim, 1, [&](int64_t begin, int64_t end) { swiglu_(args, begin, end); });
   }
+
+  void SampleTokens(const SampleTokensArgs& args) override { sampler_.Sample(args); }
 
   void StoreKv(const StoreKvArgs& args) override {
     int64_t elements = 0;
@@ -437,6 +440,7 @@ class CpuBackend final : public Backend {
   const MergeAttentionFn merge_attention_;
   const PrincipalFitFn fit_principal_;
   const LowRankLoops low_rank_;
+  TokenSampler sampler_;
   Scratch low_rank_room_, activation_panels_;
   std::vector<float> test_matrix_;          // as much of it as was needed; the same for all
   std::vector<PrincipalSegment> segments_;  // [threads]

@@ -1,6 +1,7 @@
 // Writes the step's keys (dimension-major) and values (entry-major) into exact blocks. These are copies and
 // roundings in plain loops: the compiler vectorises them for each target, and they are nothing beside the
-// matrix products. Integers are rounded by the page itself: its bits are the same on every target.
+// matrix products. Elements of 8 and 4 bits are rounded by the page itself: its bits are the same on every
+// target.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -58,6 +59,7 @@ void StoreKv(const StoreKvArgs& args, const KvSequence& sequence, int kv_head) {
       case KvFormat::kBF16:
         StoreEntries<uint16_t>(page, block, entry, count, args.key + source, args.value + source, stride);
         break;
+      case KvFormat::kFp8:
       case KvFormat::kInt8:
       case KvFormat::kInt4:
         for (int e = 0; e < count; ++e) {

@@ -111,7 +111,7 @@ __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTa
 
 // One chunk of one part: each warp takes a unit, the block folds them into `partials`.
 template <KvFormat kFormat, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, IsInteger(kFormat) ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, HasScales(kFormat) ? 3 : 2)
     AttendChunks(const KvTables tables, const Shape shape, const Tile* tiles, const Work* work,
                  bool principal, const Partials partials) {
   const Work item = work[blockIdx.x];
@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
       if (range.page->format == KvFormat::kF32) attend(AttendPart<KvFormat::kF32, kBlocks>);
     }
     if (range.page->format == KvFormat::kBF16) attend(AttendPart<KvFormat::kBF16, kBlocks>);
+    if (range.page->format == KvFormat::kFp8) attend(AttendPart<KvFormat::kFp8, kBlocks>);
     if (range.page->format == KvFormat::kInt8) attend(AttendPart<KvFormat::kInt8, kBlocks>);
     if (range.page->format == KvFormat::kInt4) attend(AttendPart<KvFormat::kInt4, kBlocks>);
   }
@@ -295,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
 // What each kernel gets to do, made on the host from the entry counts alone.
 struct Plan {
   std::vector<Tile> few, many;
-  std::vector<Work> work[2][4];  // [principal][format]
-  bool wide = false;             // some page is fp32
+  std::vector<Work> work[2][kKvFormatCount];  // [principal][format]
+  bool wide = false;                          // some page is fp32
   int slots = 0;
   int queries = 1;  // of a slot
 };
@@ -387,6 +388,7 @@ cudaError_t AttendFew(const OpContext& context, const KvTables& tables, const Sh
     };
     launch(LaunchChunks<KvFormat::kF32>, KvFormat::kF32);
     launch(LaunchChunks<KvFormat::kBF16>, KvFormat::kBF16);
+    launch(LaunchChunks<KvFormat::kFp8>, KvFormat::kFp8);
     launch(LaunchChunks<KvFormat::kInt8>, KvFormat::kInt8);
     launch(LaunchChunks<KvFormat::kInt4>, KvFormat::kInt4);
   }

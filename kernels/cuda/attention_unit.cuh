@@ -156,7 +156,7 @@ __device__ __forceinline__ uint32_t Exponents(const EntryRange& range, const Til
   const int first = tile + lane / 4 * 8;
   const int offset = address.key_offset + lane / 4 % 2 * 8;
   float scale[8], mass[8];
-  if (IsInteger(kFormat) && address.key_block != nullptr) {
+  if (HasScales(kFormat) && address.key_block != nullptr) {
     LoadScales(address.key_block + page.key_scale_offset + 2 * offset, scale);
   }
   if (page.with_log_mass && address.key_block != nullptr) {
@@ -171,7 +171,7 @@ __device__ __forceinline__ uint32_t Exponents(const EntryRange& range, const Til
   for (int e = 0; e < 8; ++e) {
     const bool is_there = first + e < range.end && !(page.with_log_mass && mass[e] == MinusInfinity());
     there |= (is_there ? 1u : 0u) << e;
-    const float factor = IsInteger(kFormat) ? __fmul_rn(scale[e], range.scale) : range.scale;
+    const float factor = HasScales(kFormat) ? __fmul_rn(scale[e], range.scale) : range.scale;
     const float add = page.with_log_mass ? __fmul_rn(mass[e], kLog2E) : 0.0f;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void AddValues(const EntryRange& range, const TileAdd
   constexpr int kTerms = kTermsOf<kFormat>;
   const int g = lane / 4, t = lane % 4;
   const PageLayout& page = *range.page;
-  if (IsInteger(kFormat) && address.key_block != nullptr) {
+  if (HasScales(kFormat) && address.key_block != nullptr) {
     float scale[8];
     LoadScales(address.key_block + page.value_scale_offset + 2 * (address.key_offset + g % 2 * 8), scale);
 #pragma unroll

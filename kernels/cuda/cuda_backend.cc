@@ -145,6 +145,13 @@ class CudaBackend final : public Backend {
     });
   }
 
+  void RotateAndStore(const RotateAndStoreArgs& args) override {
+    Check(cuda::RotateAndStore(context_, args), "RotateAndStore", [&] {
+      return absl::StrCat(args.positions.size(), " rows of ", args.sequences.size(), " sequences, ",
+                          args.heads, " and ", args.kv_heads, " heads of ", args.pool.exact->head_dim());
+    });
+  }
+
   void Attention(const AttentionArgs& args) override {
     Check(cuda::Attention(context_, args), "Attention", [&] {
       return absl::StrCat(RowsOf(args.sequences), " rows of ", args.sequences.size(), " sequences, ",
@@ -164,6 +171,11 @@ class CudaBackend final : public Backend {
       return absl::StrCat(args.jobs.size(), " jobs of ", args.group, " query heads, head size ",
                           args.query_page->head_dim());
     });
+  }
+
+  void SampleTokens(const SampleTokensArgs& args) override {
+    Check(cuda::SampleTokens(context_, args), "SampleTokens",
+          [&] { return absl::StrCat(args.rows.size(), " rows of ", args.vocab, " logits"); });
   }
 
   absl::Status Synchronize() override {

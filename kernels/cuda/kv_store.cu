@@ -1,8 +1,10 @@
-// Writes into KV blocks: this step's keys and values as exact entries, and kept queries.
+// Writes into KV blocks: this step's keys and values as exact entries, and kept queries. Where keys are yet
+// to be rotated they are on their way, and further blocks of the same launch rotate the queries.
 #include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/principal_pages.cuh"
+#include "kernels/cuda/rotation.cuh"
 
 namespace atp::cuda {
 namespace {
@@ -11,24 +13,87 @@ constexpr int kThreads = 256;
 // Entries that one block of threads writes. Keys lie dimension-major: 16 entries of one dimension are what
 // makes their lines whole, and are at most two KV blocks.
 constexpr int kTile = 16;
+// Query heads that a block of threads rotates.
+constexpr int kHeadsPerBlock = 8;
+
+struct Rotation {
+  const int32_t* positions = nullptr;  // [rows]; null: everything is rotated
+  const float* inverse_frequency = nullptr;
+  float* query = nullptr;  // [rows, heads, head_dim]
+  int heads = 0;
+};
+
+// Of a tile's rows.
+class Angles {
+ public:
+  __device__ __forceinline__ Angles(SharedArena& arena, int half)
+      : half_(half), cosines_(arena.Take<float>(kTile * half)), sines_(arena.Take<float>(kTile * half)) {}
+
+  // By the whole block, of rows [row, row + count) of the batch; a barrier before they are read.
+  __device__ __forceinline__ void Fill(const Rotation& rotation, int row, int count) const {
+    for (int i = static_cast<int>(threadIdx.x); i < count * half_; i += kThreads) {
+      const float2 angle =
+          RotationOf(rotation.positions[row + i / half_], rotation.inverse_frequency[i % half_]);
+      cosines_[i] = angle.x;
+      sines_[i] = angle.y;
+    }
+  }
+  // Pair `i` of a head of row `row` of the tile; `head` is where it begins.
+  __device__ __forceinline__ float2 Pair(const float* head, int row, int i) const {
+    return Rotated(head[i], head[i + half_], cosines_[row * half_ + i], sines_[row * half_ + i]);
+  }
+  __device__ __forceinline__ float Element(const float* head, int row, int dimension) const {
+    return dimension < half_ ? Pair(head, row, dimension).x : Pair(head, row, dimension - half_).y;
+  }
+
+ private:
+  int half_;
+  Shared<float> cosines_, sines_;
+};
+
+// Queries of rows [row, row + count) in place, of kHeadsPerBlock heads from `first` on.
+__device__ __forceinline__ void RotateQueries(const Rotation& rotation, const Angles& angles, int row,
+                                              int count, int first, int half) {
+  angles.Fill(rotation, row, count);
+  __syncthreads();
+  const int heads = min(kHeadsPerBlock, rotation.heads - first);
+  for (int i = static_cast<int>(threadIdx.x); i < count * heads * half; i += kThreads) {
+    const int at = i / (heads * half), head = first + i / half % heads, pair = i % half;
+    float* query = rotation.query + (static_cast<int64_t>(row + at) * rotation.heads + head) * 2 * half;
+    const float2 rotated = angles.Pair(query, at, pair);
+    query[pair] = rotated.x;
+    query[pair + half] = rotated.y;
+  }
+}
 
 __device__ __forceinline__ void Write(float* to, float value) { *to = value; }
 __device__ __forceinline__ void Write(uint16_t* to, float value) { *to = FloatToBF16(value); }
 
-// Grid: (tiles of rows, kv heads, sequences). Keys and values come in row by row, whole lines at a time, and
-// keys leave transposed through shared memory.
+// Grid: (tiles of rows, kv heads and then groups of query heads, sequences). Keys and values come in row by
+// row, whole lines at a time, and keys leave transposed through shared memory.
 template <class Element>
 __global__ void __launch_bounds__(kThreads)
-    StoreKvKernel(const float* key, const float* value, KvTables tables) {
+    StoreKvKernel(const float* key, const float* value, KvTables tables, Rotation rotation) {
   const PageLayout& page = tables.exact;
   const int head_dim = page.head_dim, stride = head_dim + 1;  // + 1: a column's elements lie in 16 banks
   SharedArena arena;
   const Shared<float> keys = arena.Take<float>(kTile * stride);
   const SequenceTable sequence = tables.sequences[blockIdx.z];
   const int kv_head = static_cast<int>(blockIdx.y), me = static_cast<int>(threadIdx.x);
-  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
   const int first = static_cast<int>(blockIdx.x) * kTile;
   const int count = min(kTile, sequence.rows - first);
+  const bool rotates = rotation.positions != nullptr;
+  const Angles angles(arena, rotates ? head_dim / 2 : 0);
+  if (kv_head >= tables.kv_heads) {
+    RotateQueries(rotation, angles, sequence.first_row + first, count,
+                  (kv_head - tables.kv_heads) * kHeadsPerBlock, head_dim / 2);
+    return;
+  }
+  if (rotates) {
+    angles.Fill(rotation, sequence.first_row + first, count);
+    __syncthreads();
+  }
+  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
   const int first_entry = sequence.exact_entries - sequence.rows + first;
   const auto block_of = [&](int entry) {
     return tables.Block(tables.blocks[head.exact + entry / page.entries]);
@@ -36,11 +101,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = me; i < count * head_dim; i += kThreads) {
     const int row = i / head_dim, dimension = i % head_dim, entry = first_entry + row;
     const int64_t from =
-        (static_cast<int64_t>(sequence.first_row + first + row) * tables.kv_heads + kv_head) * head_dim +
-        dimension;
-    keys[row * stride + dimension] = key[from];
+        (static_cast<int64_t>(sequence.first_row + first + row) * tables.kv_heads + kv_head) * head_dim;
+    keys[row * stride + dimension] =
+        rotates ? angles.Element(key + from, row, dimension) : key[from + dimension];
     auto* values = reinterpret_cast<Element*>(block_of(entry) + page.value_offset);
-    Write(values + page.ValueIndex(dimension, entry % page.entries), value[from]);
+    Write(values + page.ValueIndex(dimension, entry % page.entries), value[from + dimension]);
   }
   __syncthreads();
   for (int i = me; i < kTile * head_dim; i += kThreads) {
@@ -51,12 +116,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same for int8 and int4. A block of threads has the entries of one slice of 16, because an int4 byte has
-// the keys of two of them; of those that are not this step's, nothing is changed.
+// The same for formats with scales. A block of threads has the entries of one slice of 16, because an int4
+// byte has the keys of two of them; of those that are not this step's, nothing is changed.
 template <KvFormat kFormat>
 __global__ void __launch_bounds__(kThreads)
-    StoreIntegerKvKernel(const float* key, const float* value, KvTables tables) {
-  constexpr int kTop = kFormat == KvFormat::kInt8 ? 127 : 7;
+    StoreScaledKvKernel(const float* key, const float* value, KvTables tables, Rotation rotation) {
+  constexpr int kTop = TopOf(kFormat);
   const PageLayout& page = tables.exact;
   const int head_dim = page.head_dim, stride = head_dim + 1;
   SharedArena arena;
@@ -64,11 +129,23 @@ __global__ void __launch_bounds__(kThreads)
   const Shared<float> scales = arena.Take<float>(2 * kTile);  // of keys, of values
   const SequenceTable sequence = tables.sequences[blockIdx.z];
   const int kv_head = static_cast<int>(blockIdx.y), me = static_cast<int>(threadIdx.x);
-  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
   const int first_entry = sequence.exact_entries - sequence.rows;
   const int slice = (first_entry / kTile + static_cast<int>(blockIdx.x)) * kTile;
   const int begin = max(first_entry - slice, 0), end = min(sequence.exact_entries - slice, kTile);
   if (begin >= end) return;
+  const bool rotates = rotation.positions != nullptr;
+  const Angles angles(arena, rotates ? head_dim / 2 : 0);
+  const int first_row = sequence.first_row + slice + begin - first_entry;
+  if (kv_head >= tables.kv_heads) {
+    RotateQueries(rotation, angles, first_row, end - begin, (kv_head - tables.kv_heads) * kHeadsPerBlock,
+                  head_dim / 2);
+    return;
+  }
+  if (rotates) {
+    angles.Fill(rotation, first_row, end - begin);
+    __syncthreads();
+  }
+  const HeadTable head = tables.heads[static_cast<int64_t>(blockIdx.z) * tables.kv_heads + kv_head];
   std::byte* block = tables.Block(tables.blocks[head.exact + slice / page.entries]);
   const int offset = slice % page.entries;
   const auto source = [&](int e) {
@@ -78,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int e = begin + me / kWarpSize; e < end; e += kThreads / kWarpSize) {
     float largest_key = 0, largest_value = 0;
     for (int i = me % kWarpSize; i < head_dim; i += kWarpSize) {
-      const float k = key[source(e) + i];
+      const float k = rotates ? angles.Element(key + source(e), e - begin, i) : key[source(e) + i];
       keys[e * stride + i] = k;
       largest_key = fmaxf(largest_key, fabsf(k));
       largest_value = fmaxf(largest_value, fabsf(value[source(e) + i]));
@@ -92,12 +169,12 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   const auto key_at = [&](int e, int dimension) {
-    return static_cast<uint32_t>(Quantized(keys[e * stride + dimension], scales[e], kTop));
+    return Quantized(keys[e * stride + dimension], scales[e], kFormat);
   };
   const auto value_at = [&](int e, int dimension) {
-    return static_cast<uint32_t>(Quantized(value[source(e) + dimension], scales[kTile + e], kTop));
+    return Quantized(value[source(e) + dimension], scales[kTile + e], kFormat);
   };
-  constexpr int kPerByte = kFormat == KvFormat::kInt8 ? 1 : 2, kBytes = kTile / kPerByte;
+  constexpr int kPerByte = 8 / BitsOf(kFormat), kBytes = kTile / kPerByte;
   for (int i = me; i < kBytes * head_dim; i += kThreads) {
     const int dimension = i / kBytes, e = i % kBytes;
     std::byte* to = block + page.KeyIndex(dimension, offset + e) / kPerByte;
@@ -141,7 +218,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) {
+namespace {
+
+cudaError_t Store(const OpContext& context, const StoreKvArgs& args, const Rotation& rotation) {
   int32_t most = 0;
   for (const KvSequence& sequence : args.sequences) most = sequence.rows > most ? sequence.rows : most;
   if (most == 0) return cudaSuccess;
@@ -150,15 +229,31 @@ cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) {
       UploadKvTables(context, args.sequences, args.pool, args.kv_heads, /*principal=*/false, &error);
   if (error != cudaSuccess) return error;
   auto* kernel = tables.exact.format == KvFormat::kF32 ? StoreKvKernel<float> : StoreKvKernel<uint16_t>;
-  if (tables.exact.format == KvFormat::kInt8) kernel = StoreIntegerKvKernel<KvFormat::kInt8>;
-  if (tables.exact.format == KvFormat::kInt4) kernel = StoreIntegerKvKernel<KvFormat::kInt4>;
-  // Integers are cut where slices begin, which may be one tile more.
-  const int tiles = CeilDiv(most, kTile) + (IsInteger(tables.exact.format) ? 1 : 0);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(args.kv_heads),
+  if (tables.exact.format == KvFormat::kFp8) kernel = StoreScaledKvKernel<KvFormat::kFp8>;
+  if (tables.exact.format == KvFormat::kInt8) kernel = StoreScaledKvKernel<KvFormat::kInt8>;
+  if (tables.exact.format == KvFormat::kInt4) kernel = StoreScaledKvKernel<KvFormat::kInt4>;
+  // These are cut where slices begin, which may be one tile more.
+  const int tiles = CeilDiv(most, kTile) + (HasScales(tables.exact.format) ? 1 : 0);
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(args.kv_heads + CeilDiv(rotation.heads, kHeadsPerBlock)),
                   static_cast<unsigned>(args.sequences.size()));
+  const int half = rotation.positions != nullptr ? tables.exact.head_dim / 2 : 0;
   return Launch("StoreKv", kernel, grid, dim3(kThreads),
-                SharedBytes<float>(kTile * (tables.exact.head_dim + 1)) + SharedBytes<float>(2 * kTile),
-                context.stream, args.key, args.value, tables);
+                SharedBytes<float>(kTile * (tables.exact.head_dim + 1)) + SharedBytes<float>(2 * kTile) +
+                    2 * SharedBytes<float>(kTile * half),
+                context.stream, args.key, args.value, tables, rotation);
+}
+
+}  // namespace
+
+cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) { return Store(context, args, {}); }
+
+cudaError_t RotateAndStore(const OpContext& context, const RotateAndStoreArgs& args) {
+  cudaError_t error;
+  const int32_t* positions = context.staging->Upload(args.positions, context.stream, &error);
+  if (error != cudaSuccess) return error;
+  return Store(context, {args.key, args.value, args.sequences, args.pool, args.kv_heads},
+               {positions, args.inverse_frequency, args.query, args.heads});
 }
 
 cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args) {

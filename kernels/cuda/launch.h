@@ -158,6 +158,17 @@ __device__ __forceinline__ float HighBF16(uint32_t pair) {
   return BF16ToFloat(static_cast<uint16_t>(pair >> 16));
 }
 
+// As FloatToE4M3(): in hardware where there is such an instruction.
+__device__ __forceinline__ uint32_t ToE4M3(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(0.0f), "f"(value));
+  return packed;
+#else
+  return FloatToE4M3(value);
+#endif
+}
+
 // Over a warp; every lane has the result.
 __device__ __forceinline__ float WarpSum(float value) {
 #pragma unroll

@@ -22,14 +22,17 @@ struct OpContext {
   Workspace* workspace = nullptr;
 };
 
-cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args);      // gather.cu
-cudaError_t MatMul(const OpContext& context, const MatMulArgs& args);              // matmul.cu
-cudaError_t RmsNorm(const OpContext& context, const RmsNormArgs& args);            // norm.cu
-cudaError_t Rope(const OpContext& context, const RopeArgs& args);                  // rope.cu
-cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);              // activation.cu
-cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args);            // kv_store.cu
-cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args);  // kv_store.cu
-cudaError_t Attention(const OpContext& context, const AttentionArgs& args);        // attention.cu
+cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args);          // gather.cu
+cudaError_t MatMul(const OpContext& context, const MatMulArgs& args);                  // matmul.cu
+cudaError_t RmsNorm(const OpContext& context, const RmsNormArgs& args);                // norm.cu
+cudaError_t Rope(const OpContext& context, const RopeArgs& args);                      // rope.cu
+cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);                  // activation.cu
+cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args);                // kv_store.cu
+cudaError_t RotateAndStore(const OpContext& context, const RotateAndStoreArgs& args);  // kv_store.cu
+cudaError_t StoreQueries(const OpContext& context, const StoreQueriesArgs& args);      // kv_store.cu
+cudaError_t Attention(const OpContext& context, const AttentionArgs& args);            // attention.cu
+// As reports are below, `out` is.
+cudaError_t SampleTokens(const OpContext& context, const SampleTokensArgs& args);  // sample.cu
 // Reports are written by Staging::Reset(), once the stream has been synchronized.
 cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args);  // principal_fit.cu
 

@@ -31,6 +31,14 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t pair) {
   return out;
 }
 
+// Two bf16 products of normal or subnormal numbers.
+__device__ __forceinline__ uint32_t MultiplyPair(uint32_t a, uint32_t b) {
+  constexpr uint32_t kMinusZero = 0x80008000u;
+  uint32_t out;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(kMinusZero));
+  return out;
+}
+
 // Two bf16 differences that are exact.
 __device__ __forceinline__ uint32_t SubtractPair(uint32_t a, uint32_t b) {
   constexpr uint32_t kMinusOne = 0xbf80bf80u;
@@ -57,6 +65,10 @@ inline uint32_t TransposeMatrix(uint32_t pair) {
     halves[i] = row % 2 == 0 ? source & 0xffffu : source >> 16;
   }
   return halves[0] | halves[1] << 16;
+}
+
+inline uint32_t MultiplyPair(uint32_t a, uint32_t b) {
+  return PackBF16(LowBF16(a) * LowBF16(b), HighBF16(a) * HighBF16(b));
 }
 
 inline uint32_t SubtractPair(uint32_t a, uint32_t b) {
@@ -99,8 +111,8 @@ struct RowOf8 {
   }
 };
 
-// Element `index` of two rows as a pair of bf16; of a bf16 page without conversion, of an integer page
-// without scale (integers to 256 are exact in bf16).
+// Element `index` of two rows as a pair of bf16; of a bf16 page without conversion, of a page with scales
+// without them (integers to 256 and fp8 are exact in bf16).
 template <KvFormat kFormat>
 __device__ __forceinline__ uint32_t PairOf(const RowOf8<kFormat>& first, const RowOf8<kFormat>& second,
                                            int index, int term) {
@@ -115,7 +127,10 @@ __device__ __forceinline__ uint32_t PairOf(const RowOf8<kFormat>& first, const R
     const uint32_t pair =
         PermuteBytes(first.words[index / 4], second.words[index / 4], byte * 0x0011u + (byte + 4) * 0x1100u);
     // bf16 counts 128, 129, … 255 by ones: 0x4300 | i is 128 + i, 0x4380 is 256.
-    if constexpr (kFormat == KvFormat::kInt8) {
+    if constexpr (kFormat == KvFormat::kFp8) {
+      // Exponent and mantissa in the low ends of bf16's: the value over 2^120, subnormals too.
+      return MultiplyPair((pair & 0x80008000u) | (pair & 0x007f007fu) << 4, 0x7b807b80u);
+    } else if constexpr (kFormat == KvFormat::kInt8) {
       return SubtractPair((pair & 0x007f007fu) | 0x43004300u, (pair & 0x00800080u) | 0x43004300u);
     } else {
       return SubtractPair((pair & 0x000f000fu) ^ 0x43084308u, 0x43084308u);

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kFitThreads) Gather(const FitJob* jobs, const 
     const EntryPlace place = PlaceOf(job, shape, job.source[i / d]);
     const PageLayout& page = *place.page;
     float key_scale = 1, value_scale = 1;
-    if (IsInteger(page.format)) {
+    if (HasScales(page.format)) {
       key_scale = ScaleAt(place.block, page.key_scale_offset, place.entry);
       value_scale = ScaleAt(place.block, page.value_scale_offset, place.entry);
     }

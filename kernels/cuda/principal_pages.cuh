@@ -11,13 +11,15 @@ __device__ __forceinline__ float ScaleAt(const std::byte* block, uint32_t offset
   return BF16ToFloat(reinterpret_cast<const uint16_t*>(block + offset)[entry]);
 }
 
-// Element `index` of an array of keys or values, times its entry's scale in integer formats.
+// Element `index` of an array of keys or values, times its entry's scale where the format has one.
 __device__ __forceinline__ float ElementAt(const std::byte* array, KvFormat format, int index, float scale) {
   switch (format) {
     case KvFormat::kF32:
       return reinterpret_cast<const float*>(array)[index];
     case KvFormat::kBF16:
       return BF16ToFloat(reinterpret_cast<const uint16_t*>(array)[index]);
+    case KvFormat::kFp8:
+      return E4M3ToFloat(static_cast<uint8_t>(array[index])) * scale;
     case KvFormat::kInt8:
       return static_cast<float>(reinterpret_cast<const int8_t*>(array)[index]) * scale;
     case KvFormat::kInt4: {
@@ -37,10 +39,12 @@ __device__ __forceinline__ uint16_t ScaleBits(float largest, int top) {
   if (BF16ToFloat(bits) < wanted) ++bits;
   return bits;
 }
-__device__ __forceinline__ int Quantized(float x, float scale, int top) {
+// The bits of an element: of int4, sign bits follow.
+__device__ __forceinline__ uint32_t Quantized(float x, float scale, KvFormat format) {
   if (scale == 0) return 0;
-  return static_cast<int>(
-      fminf(fmaxf(rintf(x / scale), static_cast<float>(-top - 1)), static_cast<float>(top)));
+  if (format == KvFormat::kFp8) return ToE4M3(x / scale);
+  const float top = static_cast<float>(TopOf(format));
+  return static_cast<uint32_t>(static_cast<int>(fminf(fmaxf(rintf(x / scale), -top - 1), top)));
 }
 
 // Writes `entries` entries of a block by all threads of the thread block. key(entry, dimension) and
@@ -49,13 +53,12 @@ template <class Key, class Value, class Mass>
 __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* block, int threads,
                                           const Key& key, const Value& value, const Mass& mass) {
   const int me = static_cast<int>(threadIdx.x), lane = me % kWarpSize, d = page.head_dim;
-  const bool integer = IsInteger(page.format);
-  const int top = page.format == KvFormat::kInt8 ? 127 : 7;
+  const int top = TopOf(page.format);
   auto* key_scales = reinterpret_cast<uint16_t*>(block + page.key_scale_offset);
   auto* value_scales = reinterpret_cast<uint16_t*>(block + page.value_scale_offset);
 #pragma unroll 1
   for (int e = me / kWarpSize; e < page.entries; e += threads / kWarpSize) {
-    if (integer) {
+    if (HasScales(page.format)) {
       float largest_key = 0, largest_value = 0;
       for (int i = lane; i < d; i += kWarpSize) {
         largest_key = fmaxf(largest_key, fabsf(key(e, i)));
@@ -73,13 +76,13 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
 #pragma unroll 1
     for (int i = me; i < page.entries * d / 2; i += threads) {
       const int row = i / (page.entries / 2), at = i % (page.entries / 2), e = at / 8 * 16 + at % 8;
-      const int low = Quantized(key(e, row), BF16ToFloat(key_scales[e]), top);
-      const int high = Quantized(key(e + 8, row), BF16ToFloat(key_scales[e + 8]), top);
+      const uint32_t low = Quantized(key(e, row), BF16ToFloat(key_scales[e]), KvFormat::kInt4);
+      const uint32_t high = Quantized(key(e + 8, row), BF16ToFloat(key_scales[e + 8]), KvFormat::kInt4);
       block[i] = static_cast<std::byte>((low & 15) | (high & 15) << 4);
       const int entry = i / (d / 2), dimension = i % (d / 2);
       const float scale = BF16ToFloat(value_scales[entry]);
-      const int first = Quantized(value(entry, dimension), scale, top);
-      const int second = Quantized(value(entry, dimension + d / 2), scale, top);
+      const uint32_t first = Quantized(value(entry, dimension), scale, KvFormat::kInt4);
+      const uint32_t second = Quantized(value(entry, dimension + d / 2), scale, KvFormat::kInt4);
       block[page.value_offset + static_cast<uint32_t>(i)] =
           static_cast<std::byte>((first & 15) | (second & 15) << 4);
     }
@@ -98,7 +101,7 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
       reinterpret_cast<uint16_t*>(array)[at] = FloatToBF16(x);
     } else {
       const float scale = BF16ToFloat((is_key ? key_scales : value_scales)[entry]);
-      array[at] = static_cast<std::byte>(Quantized(x, scale, top));
+      array[at] = static_cast<std::byte>(Quantized(x, scale, page.format));
     }
   }
 }

@@ -1,34 +1,20 @@
-// Rotates the pairs (i, i + head_dim/2) of every head, a block per row. The angle, position · frequency, is
-// exact in double (31 and 24 bits); only turns are taken off it there, the rest is single precision.
+// Rotates the pairs (i, i + head_dim/2) of every head, a block per row.
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/rotation.cuh"
 
 namespace atp::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr double kTurnsPerRadian = 0.15915494309189533577;
-constexpr float kPi = 3.14159265358979323846f;
-
-// cos and sin of an angle given in half turns, as a double in [-1, 1]: what the nearest float leaves of it is
-// a first-order correction.
-__device__ __forceinline__ float2 CosSinOfHalfTurns(double half_turns) {
-  const float head = static_cast<float>(half_turns);
-  const float tail = static_cast<float>(half_turns - static_cast<double>(head)) * kPi;
-  float sine, cosine;
-  sincospif(head, &sine, &cosine);
-  return make_float2(cosine - tail * sine, sine + tail * cosine);
-}
 
 __global__ void __launch_bounds__(kThreads)
     RopeKernel(float* x, const int32_t* positions, const float* inverse_frequency, int heads, int half) {
   SharedArena arena;
   const Shared<float> cosines = arena.Take<float>(half);
   const Shared<float> sines = arena.Take<float>(half);
-  const double position = static_cast<double>(positions[blockIdx.x]);
   for (int i = static_cast<int>(threadIdx.x); i < half; i += kThreads) {
-    const double turns = position * static_cast<double>(inverse_frequency[i]) * kTurnsPerRadian;
-    const float2 rotation = CosSinOfHalfTurns(2.0 * (turns - rint(turns)));
+    const float2 rotation = RotationOf(positions[blockIdx.x], inverse_frequency[i]);
     cosines[i] = rotation.x;
     sines[i] = rotation.y;
   }
@@ -37,9 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int pair = static_cast<int>(threadIdx.x); pair < heads * half; pair += kThreads) {
     const int i = pair % half;
     float* at = row + static_cast<int64_t>(pair / half) * 2 * half + i;
-    const float a = at[0], b = at[half], cosine = cosines[i], sine = sines[i];
-    at[0] = a * cosine - b * sine;
-    at[half] = b * cosine + a * sine;
+    const float2 rotated = Rotated(at[0], at[half], cosines[i], sines[i]);
+    at[0] = rotated.x;
+    at[half] = rotated.y;
   }
 }
 

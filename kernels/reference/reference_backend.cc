@@ -10,6 +10,7 @@
 #include "kernels/quantized.h"
 #include "kernels/reference/low_rank.h"
 #include "kernels/reference/principal_fit.h"
+#include "kernels/sample_tokens.h"
 
 namespace atp {
 namespace {
@@ -142,6 +143,8 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  void SampleTokens(const SampleTokensArgs& args) override { sampler_.Sample(args); }
+
   void StoreKv(const StoreKvArgs& args) override {
     const KvPage& page = *args.pool.exact;
     for (const KvSequence& sequence : args.sequences) {
@@ -201,6 +204,9 @@ class ReferenceBackend final : public Backend {
       args.reports[i] = segment.report();
     }
   }
+
+ private:
+  TokenSampler sampler_;
 };
 
 }  // namespace

@@ -111,8 +111,8 @@ TEST(ConfigLoader, SizesAndDurations) {
 TEST(ConfigLoader, ErrorsNameFileLineKeyValueAndWhatIsAllowed) {
   EXPECT_EQ(ErrorOf("server:\n  host: ::1\n  http_port: 70000\n"),
             "f.yaml:3: server.http_port: 70000 is not an integer in [0, 65535]");
-  EXPECT_EQ(ErrorOf("kv_cache:\n  dtype: fp8\n"),
-            "f.yaml:2: kv_cache.dtype: fp8 is not auto | f32 | bf16 | int8 | int4");
+  EXPECT_EQ(ErrorOf("kv_cache:\n  dtype: fp16\n"),
+            "f.yaml:2: kv_cache.dtype: fp16 is not auto | f32 | bf16 | fp8 | int8 | int4");
   EXPECT_EQ(ErrorOf("kv_cache:\n  block_tokens: 24\n"),
             "f.yaml:2: kv_cache.block_tokens: 24 is not a multiple of 16 in [16, 1024]");
   EXPECT_EQ(ErrorOf("kv_cache:\n  memory_fraction: 0\n"),

@@ -49,6 +49,7 @@ class FailingBackend : public Backend {
   void Attention(const AttentionArgs& args) override { backend_->Attention(args); }
   void StoreQueries(const StoreQueriesArgs& args) override { backend_->StoreQueries(args); }
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override { backend_->FitPrincipalKeys(args); }
+  void SampleTokens(const SampleTokensArgs& args) override { backend_->SampleTokens(args); }
   double LowRankMatMulSpeed(DType weight) const override { return backend_->LowRankMatMulSpeed(weight); }
   void LowRankInput(const LowRankInputArgs& args) override { backend_->LowRankInput(args); }
   void LowRankOutput(const LowRankOutputArgs& args) override { backend_->LowRankOutput(args); }

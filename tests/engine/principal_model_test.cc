@@ -178,6 +178,30 @@ TEST(PrincipalModel, BlocksOfAnExactCacheServeToo) {
   }
 }
 
+// Exact caches of fewer bits beside one of fp32, on real text. An fp8 has four bits of significand, whatever
+// its size; int8 has seven for the largest element of an entry.
+TEST(PrincipalModel, FormatsOfTheCacheCostWhatTheirBitsAre) {
+  std::vector<TokenId> tokens = ReadIds(kDefaultModel + "/eval_ids.npy")[0];
+  tokens.resize(150);
+  const std::vector<float> exact = PlannedRunner(kDefaultModel).Logits({tokens}, nullptr, 64)[0];
+  const auto cost = [&](KvFormat format) {
+    PlannedRunner runner(kDefaultModel, format);
+    const std::vector<float> logits = runner.Logits({tokens}, nullptr, 64)[0];
+    double sum = 0;
+    for (size_t p = 0; p < tokens.size(); ++p)
+      sum += Divergence(&exact[p * runner.vocab()], &logits[p * runner.vocab()], runner.vocab());
+    return sum / static_cast<double>(tokens.size());
+  };
+  const double bf16 = cost(KvFormat::kBF16), fp8 = cost(KvFormat::kFp8), int8 = cost(KvFormat::kInt8),
+               int4 = cost(KvFormat::kInt4);
+  std::printf("KL of bf16 %.2g, fp8 %.2g, int8 %.2g, int4 %.2g\n", bf16, fp8, int8, int4);
+  EXPECT_GT(bf16, 0);
+  EXPECT_LT(bf16, fp8);
+  EXPECT_LT(int8, fp8);
+  EXPECT_LT(fp8, int4);
+  EXPECT_LT(fp8, 1e-3);
+}
+
 // Who keeps all keys keeps all logits: principal entries are then the tokens themselves.
 TEST(PrincipalModel, AllKeysKeptIsExactAttention) {
   PlannedRunner runner(std::string(ATP_SOURCE_DIR) + "/tests/golden/llama_mha_f32");

@@ -14,12 +14,39 @@
 #include <vector>
 
 #include "engine/philox.h"
+#include "kernels/sample_tokens.h"
 
 namespace atp {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// One row at a time, on the host.
+class Sampler {
+ public:
+  explicit Sampler(int vocab_size) : rows_(vocab_size) {}
+  Sampled Sample(const std::vector<float>& logits, const SampleContext& context) {
+    rows_.Clear();
+    rows_.Draw(0, context);
+    return Run(logits);
+  }
+  TokenLogprob Logprob(const std::vector<float>& logits, TokenId token, int top) {
+    rows_.Clear();
+    rows_.Score(0, token, top);
+    return *Run(logits).logprob;
+  }
+
+ private:
+  Sampled Run(const std::vector<float>& logits) {
+    const std::span<const SampleRow> rows = rows_.rows();
+    sampler_.Sample({logits.data(), static_cast<int64_t>(logits.size()), rows, rows_.sampled()});
+    return rows_.Result(0);
+  }
+
+  SampleRows rows_;
+  TokenSampler sampler_;
+};
 
 // Known answers of Random123 (kat_vectors, philox4x32-10).
 TEST(Philox, KnownAnswers) {

@@ -22,7 +22,7 @@ std::vector<CacheShape> CacheShapes() {
     shapes.push_back({format, 32, 3, 32, 64});
     shapes.push_back({format, 24, 1, 64, 16});
   }
-  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : {KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     shapes.push_back({format, 6, 2, 16, 16});
     shapes.push_back({format, 40, 2, 32, 48});
     shapes.push_back({format, 64, 2, 64, 64});
@@ -47,6 +47,34 @@ TEST_P(CacheParity, StoreKv) {
     reference_->StoreKv(args);
     EXPECT_NE(problem.bytes(), before);
     EXPECT_TRUE(actual == problem.bytes()) << Name(shape.format) << " head_dim " << shape.head_dim;
+  }
+}
+
+// The same bits as its three ops.
+TEST_P(CacheParity, RotateAndStore) {
+  for (const CacheShape& shape : CacheShapes()) {
+    CacheProblem problem(random_, shape, {{1, 1, 0}, {17, 17, 3}, {5, 30, 0}, {1, 33, 0}, {40, 77, 0}},
+                         false);
+    const int heads = shape.kv_heads * UniformInt(random_, 1, 9);
+    const auto count = [&](int n) { return static_cast<size_t>(problem.rows()) * n * shape.head_dim; };
+    std::vector<float> query = Normals(random_, count(heads)), expected_query = query;
+    std::vector<float> key = Normals(random_, count(shape.kv_heads)), expected_key = key;
+    const std::vector<float> value = Normals(random_, count(shape.kv_heads));
+    std::vector<float> frequency(static_cast<size_t>(shape.head_dim / 2));
+    for (float& f : frequency) f = std::exp2(-static_cast<float>(UniformInt(random_, 0, 20)));
+    std::vector<int32_t> positions(static_cast<size_t>(problem.rows()));
+    for (int32_t& p : positions) p = UniformInt(random_, 0, 200000);
+    const std::vector<std::byte> before = problem.bytes();
+    actual_->RotateAndStore({query.data(), key.data(), value.data(), positions, frequency.data(),
+                             problem.sequences(), problem.pool(), heads, shape.kv_heads});
+    const std::vector<std::byte> actual = problem.bytes();
+    problem.bytes() = before;
+    actual_->Rope({expected_query.data(), positions, frequency.data(), heads, shape.head_dim});
+    actual_->Rope({expected_key.data(), positions, frequency.data(), shape.kv_heads, shape.head_dim});
+    actual_->StoreKv(
+        {expected_key.data(), value.data(), problem.sequences(), problem.pool(), shape.kv_heads});
+    EXPECT_TRUE(actual == problem.bytes()) << Name(shape.format) << " head_dim " << shape.head_dim;
+    EXPECT_TRUE(query == expected_query) << Name(shape.format) << " head_dim " << shape.head_dim;
   }
 }
 
@@ -174,7 +202,7 @@ TEST_P(CacheParity, AttentionOverShapes) {
 
 TEST_P(CacheParity, AttentionOverGroups) {
   for (int group = 1; group <= 9; ++group) {
-    for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+    for (const KvFormat format : kKvFormats) {
       CacheProblem problem(random_, {format, 16, 2, 16, 16}, {{1, 50, 20}, {7, 21, 0}, {1, 1, 16}}, true);
       CheckAttention(random_, *actual_, *reference_, problem, group, IsCuda(GetParam()));
       ASSERT_FALSE(HasFailure());
@@ -184,7 +212,7 @@ TEST_P(CacheParity, AttentionOverGroups) {
 
 // Chunks of a sequence that go to different threads, and a tile and a chunk that end in mid-slice.
 TEST_P(CacheParity, AttentionOverLongSequences) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : kKvFormats) {
     CacheProblem problem(random_, {format, 32, 1, 32, 32}, {{1, 1500, 700}, {3, 513, 0}}, true);
     CheckAttention(random_, *actual_, *reference_, problem, 3, IsCuda(GetParam()));
     ASSERT_FALSE(HasFailure());

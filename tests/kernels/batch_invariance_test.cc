@@ -166,7 +166,7 @@ struct AttentionRun {
 };
 
 TEST_P(BatchInvariance, Attention) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : kKvFormats) {
     for (const int head_dim : IsCuda(GetParam()) ? std::vector<int>{48} : std::vector<int>{20, 64}) {
       for (const int group : {1, 3, 8}) {
         CacheProblem problem(random_, {format, head_dim, 2, 16, 32},
@@ -201,7 +201,7 @@ TEST_P(BatchInvariance, Attention) {
 
 // Cut into chunks for three threads, or not cut because others keep them busy.
 TEST_P(BatchInvariance, AttentionOfALongSequence) {
-  for (const KvFormat format : {KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : {KvFormat::kBF16, KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     std::vector<SequenceShape> shapes = {{1, 1700, 600}, {2, 530, 0}};
     shapes.resize(20, {1, 5, 0});
     CacheProblem problem(random_, {format, 32, 1, 32, 32}, shapes, true);

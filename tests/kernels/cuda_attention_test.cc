@@ -155,7 +155,7 @@ class CudaAttention : public ::testing::Test {
 };
 
 TEST_F(CudaAttention, AgreesWithTheReferenceForEveryFormat) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : kKvFormats) {
     // A first token, a first chunk, a chunk in mid-block, decode at and beside block and tile edges.
     Check({format, 64, 2, 16, 16}, {{1, 1, 0}, {17, 17, 0}, {5, 30, 40}, {1, 64, 17}, {1, 65, 70}}, 2);
     ASSERT_FALSE(HasFatalFailure());

@@ -59,5 +59,35 @@ TEST(DType, EveryF16HasItsValueByDefinition) {
   }
 }
 
+TEST(DType, EveryE4M3HasItsValueByDefinitionAndRoundTrips) {
+  for (uint32_t bits = 0; bits < 256; ++bits) {
+    const float value = E4M3ToFloat(static_cast<uint8_t>(bits));
+    const int exponent = static_cast<int>(bits >> 3 & 15), mantissa = static_cast<int>(bits & 7);
+    EXPECT_EQ(FloatToE4M3(value), bits);
+    if ((bits & 127) == 127) {
+      EXPECT_TRUE(std::isnan(value)) << bits;
+      continue;
+    }
+    const double sign = bits & 0x80 ? -1.0 : 1.0;
+    EXPECT_EQ(value,
+              sign * (exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10)));
+    EXPECT_EQ(std::signbit(value), (bits & 0x80) != 0) << bits;
+  }
+}
+
+// Between neighbours the nearer one, of two as near the even one; beyond the largest the largest.
+TEST(DType, E4M3RoundsToNearestEven) {
+  for (uint8_t bits = 0; bits < 0x7e; ++bits) {
+    const auto next = static_cast<uint8_t>(bits + 1);
+    const float middle = (E4M3ToFloat(bits) + E4M3ToFloat(next)) / 2;
+    EXPECT_EQ(FloatToE4M3(middle), bits % 2 == 0 ? bits : next);
+    EXPECT_EQ(FloatToE4M3(std::nextafter(middle, 0.0f)), bits);
+    EXPECT_EQ(FloatToE4M3(-std::nextafter(middle, 1e9f)), next | 0x80);
+  }
+  EXPECT_EQ(FloatToE4M3(449), 0x7e);
+  EXPECT_EQ(FloatToE4M3(-kInfinity), 0xfe);
+  EXPECT_EQ(FloatToE4M3(std::nanf("")) & 0x7f, 0x7f);
+}
+
 }  // namespace
 }  // namespace atp

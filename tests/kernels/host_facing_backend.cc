@@ -170,6 +170,21 @@ class HostFacingBackend final : public Backend {
     mirror.Finish();
   }
 
+  void RotateAndStore(const RotateAndStoreArgs& args) override {
+    Mirror mirror(device_.get());
+    const auto head_dim = static_cast<size_t>(args.pool.exact->head_dim());
+    const size_t rows = args.positions.size(),
+                 kv_count = rows * static_cast<size_t>(args.kv_heads) * head_dim;
+    RotateAndStoreArgs on_device = args;
+    on_device.query = mirror.InOut(args.query, rows * static_cast<size_t>(args.heads) * head_dim);
+    on_device.key = mirror.InOut(args.key, kv_count);
+    on_device.value = mirror.In(args.value, kv_count);
+    on_device.inverse_frequency = mirror.In(args.inverse_frequency, head_dim / 2);
+    on_device.pool = MirrorPool(mirror, args.pool, Reach(args.sequences, args.pool, args.kv_heads));
+    device_->RotateAndStore(on_device);
+    mirror.Finish();
+  }
+
   void Attention(const AttentionArgs& args) override {
     Mirror mirror(device_.get());
     const size_t count = RowsOf(args.sequences) * static_cast<size_t>(args.heads) *
@@ -209,6 +224,16 @@ class HostFacingBackend final : public Backend {
     on_device.inverse_frequency =
         mirror.In(args.inverse_frequency, static_cast<size_t>(args.query_page->head_dim() / 2));
     device_->FitPrincipalKeys(on_device);
+    mirror.Finish();
+  }
+
+  void SampleTokens(const SampleTokensArgs& args) override {
+    Mirror mirror(device_.get());
+    int64_t rows = 0;
+    for (const SampleRow& row : args.rows) rows = std::max<int64_t>(rows, row.row + 1);
+    SampleTokensArgs on_device = args;
+    on_device.logits = mirror.In(args.logits, static_cast<size_t>(rows * args.vocab));
+    device_->SampleTokens(on_device);
     mirror.Finish();
   }
 

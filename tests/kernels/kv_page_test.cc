@@ -91,16 +91,22 @@ TEST(KvPage, LayoutIsTheDocumentedOne) {
 }
 
 TEST(KvFormat, NamesRoundTrip) {
-  for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {
+  for (const KvFormat format : kKvFormats) {
     EXPECT_THAT(KvFormatFromName(Name(format)), Optional(format));
   }
-  EXPECT_EQ(KvFormatFromName("fp8"), std::nullopt);
+  EXPECT_EQ(KvFormatFromName("fp16"), std::nullopt);
 }
 
-// Half a step of the entry's own scale, which bf16 makes at most 2⁻⁷ larger than it need be.
-TEST(KvPage, IntegersAreWithinHalfAStep) {
-  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
-    const int top = format == KvFormat::kInt8 ? 127 : 7;
+// Half a step of the entry's own scale, which bf16 makes at most 2⁻⁷ larger than it need be. A step of fp8 is
+// an eighth of the element's power of two, and of 2^-6 below that.
+double HalfAStep(KvFormat format, float x, float largest) {
+  const double scale = static_cast<double>(largest) / TopOf(format) * (1 + 0x1p-7);
+  if (format != KvFormat::kFp8) return scale / 2;
+  return std::max(std::abs(static_cast<double>(x)), scale * 0x1p-6) / 16;
+}
+
+TEST(KvPage, FewBitsAreWithinHalfAStep) {
+  for (const KvFormat format : {KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     for (const int head_dim : {2, 8, 34, 128}) {
       const KvPage page(format, 32, head_dim, true);
       std::vector<std::byte> block(page.bytes(), std::byte{0xff});
@@ -124,7 +130,7 @@ TEST(KvPage, IntegersAreWithinHalfAStep) {
           float largest = 0;
           for (const float f : *wanted) largest = std::max(largest, std::abs(f));
           for (int i = 0; i < head_dim; ++i) {
-            EXPECT_LE(std::abs((*got)[i] - (*wanted)[i]), largest / top * 0.5f * (1 + 0x1p-7f) + 1e-6f)
+            EXPECT_LE(std::abs((*got)[i] - (*wanted)[i]), HalfAStep(format, (*wanted)[i], largest) + 1e-6)
                 << Name(format) << " entry " << e << " dimension " << i;
           }
         }
@@ -133,14 +139,15 @@ TEST(KvPage, IntegersAreWithinHalfAStep) {
   }
 }
 
-TEST(KvPage, IntegersTakeAHalfAndAQuarterAndTheirScales) {
+TEST(KvPage, FewBitsTakeAHalfAndAQuarterAndTheirScales) {
   const size_t scales = 16 * 2 * sizeof(uint16_t), log_mass = 16 * sizeof(float);
+  EXPECT_EQ(KvPage(KvFormat::kFp8, 16, 128, true).bytes(), 2 * 16 * 128 + scales + log_mass);
   EXPECT_EQ(KvPage(KvFormat::kInt8, 16, 128, true).bytes(), 2 * 16 * 128 + scales + log_mass);
   EXPECT_EQ(KvPage(KvFormat::kInt4, 16, 128, true).bytes(), 16 * 128 + scales + log_mass);
 }
 
 TEST(KvPage, NothingIsStoredAsNothing) {
-  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : {KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     const KvPage page(format, 16, 8, true);
     std::vector<std::byte> block(page.bytes(), std::byte{0xff});
     const std::vector<float> zero(8, 0.0f);

@@ -111,7 +111,7 @@ CacheProblem::CacheProblem(Random& random, const CacheShape& shape,
     : shape_(shape),
       exact_(shape.format, shape.entries, shape.head_dim, false),
       block_bytes_(exact_.bytes()) {
-  for (const KvFormat format : {shape.format, KvFormat::kInt8, KvFormat::kInt4}) {
+  for (const KvFormat format : {shape.format, KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     principal_.emplace_back(format, shape.principal_entries_per_block, shape.head_dim, true);
     block_bytes_ = std::max(block_bytes_, principal_.back().bytes());
   }

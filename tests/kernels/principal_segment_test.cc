@@ -219,12 +219,12 @@ TEST_P(FitPrincipalKeys, CompressesPrincipalEntriesAgain) {
   EXPECT_LT(Distance(a.Attend(true, a.out2_blocks_, 32, 5), b.Attend(true, b.out2_blocks_, 32, 5)), 1e-4);
 }
 
-TEST_P(FitPrincipalKeys, AgreesWithTheReferenceInIntegerPages) {
-  for (const KvFormat format : {KvFormat::kInt8, KvFormat::kInt4}) {
+TEST_P(FitPrincipalKeys, AgreesWithTheReferenceInPagesOfFewBits) {
+  for (const KvFormat format : {KvFormat::kFp8, KvFormat::kInt8, KvFormat::kInt4}) {
     Segment a(backend_.get(), KvFormat::kF32, format, 23), b(reference_.get(), KvFormat::kF32, format, 23);
     for (Segment* s : {&a, &b}) s->Store(), s->Fit(24, 4, nullptr, 0, s->out_blocks_);
     // A rounding to a step of the scale may fall either way, for few elements.
-    const double step = format == KvFormat::kInt8 ? 1.0 / 127 : 1.0 / 7;
+    const double step = format == KvFormat::kFp8 ? 1.0 / 16 : 1.0 / TopOf(format);
     EXPECT_LT(Distance(a.Attend(true, a.out_blocks_, 32, 5), b.Attend(true, b.out_blocks_, 32, 5)), step);
     const std::vector<std::byte> answer = a.Answer(1, false), expected = b.Answer(1, false);
     size_t differing = 0;

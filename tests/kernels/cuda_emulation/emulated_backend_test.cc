@@ -7,6 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/kernels/cuda_emulation/runtime_api.h"
 #include "tests/kernels/op_problems.h"
 
 namespace atp {
@@ -37,6 +38,31 @@ TEST(EmulatedBackend, TooMuchMemoryNamesBytesAndWhatToDo) {
       AllOf(HasSubstr(std::to_string(size_t{1} << 60)), HasSubstr("bytes are free"),
             HasSubstr(std::to_string(backend->FreeMemoryBytes())), HasSubstr("kv_cache.memory_bytes")));
   EXPECT_TRUE(backend->Synchronize().ok());
+}
+
+// A device that weights have filled: what is free is what they left, and comes back with them.
+TEST(EmulatedBackend, MemoryThatIsTakenIsNotFree) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const size_t all = backend->FreeMemoryBytes();
+  constexpr size_t kWeights = 6 << 20, kLeft = 1 << 20;
+  emulation::SetDeviceBytes(kWeights + kLeft);
+  absl::StatusOr<Buffer> weights = backend->Allocate(kWeights);
+  ASSERT_TRUE(weights.ok()) << weights.status();
+  EXPECT_EQ(backend->FreeMemoryBytes(), kLeft);
+  const absl::Status status = backend->Allocate(2 * kLeft).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("cannot allocate 2097152 bytes"),
+                                                   HasSubstr("1048576 of 7340032 bytes are free"),
+                                                   HasSubstr("--set kv_cache.memory_bytes=")));
+  const std::vector<float> host(kLeft / 2);
+  EXPECT_EQ(backend->LoadWeight({host.data(), DType::kF32, 1, static_cast<int64_t>(host.size())}, DType::kF32)
+                .status()
+                .code(),
+            absl::StatusCode::kResourceExhausted);
+  *weights = Buffer();
+  EXPECT_TRUE(backend->Allocate(2 * kLeft).ok());
+  EXPECT_TRUE(backend->Synchronize().ok());
+  emulation::SetDeviceBytes(all);
 }
 
 TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {

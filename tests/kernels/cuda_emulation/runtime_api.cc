@@ -1,14 +1,27 @@
 #include "tests/kernels/cuda_emulation/runtime_api.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include "tests/kernels/cuda_emulation/cuda_runtime.h"
 
 namespace {
 
-constexpr size_t kDeviceBytes = size_t{4} << 30;
+// Of the device: what it has, and what of it is taken.
+struct DeviceMemory {
+  std::mutex mutex;
+  size_t bytes = size_t{4} << 30;
+  size_t taken = 0;
+  std::map<const void*, size_t> allocations;
+};
+DeviceMemory& Memory() {
+  static DeviceMemory memory;
+  return memory;
+}
 
 std::string& Found() {
   static std::string found;
@@ -17,7 +30,6 @@ std::string& Found() {
 
 cudaError_t AllocateMemory(void** data, size_t bytes) {
   *data = nullptr;
-  if (bytes > kDeviceBytes) return cudaErrorMemoryAllocation;
   *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256 + 256);
   if (*data == nullptr) return cudaErrorMemoryAllocation;
   // Fresh memory is NaN to whoever reads it.
@@ -46,9 +58,30 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
   return cudaErrorInvalidValue;
 }
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = kDeviceBytes, cudaSuccess; }
-cudaError_t cudaMalloc(void** data, size_t bytes) { return AllocateMemory(data, bytes); }
-cudaError_t cudaFree(void* data) { return std::free(data), cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  const std::lock_guard<std::mutex> lock(Memory().mutex);
+  *total = Memory().bytes;
+  *free = Memory().bytes - std::min(Memory().taken, Memory().bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(Memory().mutex);
+  *data = nullptr;
+  if (Memory().taken > Memory().bytes || bytes > Memory().bytes - Memory().taken)
+    return cudaErrorMemoryAllocation;
+  const cudaError_t error = AllocateMemory(data, bytes);
+  if (error == cudaSuccess) Memory().taken += Memory().allocations[*data] = bytes;
+  return error;
+}
+cudaError_t cudaFree(void* data) {
+  const std::lock_guard<std::mutex> lock(Memory().mutex);
+  if (const auto found = Memory().allocations.find(data); found != Memory().allocations.end()) {
+    Memory().taken -= found->second;
+    Memory().allocations.erase(found);
+  }
+  std::free(data);
+  return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) { return AllocateMemory(data, bytes); }
 cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
@@ -79,6 +112,11 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 namespace atp::emulation {
+
+void SetDeviceBytes(size_t bytes) {
+  const std::lock_guard<std::mutex> lock(Memory().mutex);
+  Memory().bytes = bytes;
+}
 
 // As on a device, the first error stays.
 cudaError_t LaunchResult(std::string found) {

@@ -62,6 +62,8 @@ const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what 
 // NOLINTEND
 
 namespace atp::emulation {
+// How much memory the device has from now on, what is allocated included.
+void SetDeviceBytes(size_t bytes);
 // Keeps what Run() found for cudaGetErrorString().
 cudaError_t LaunchResult(std::string found);
 }  // namespace atp::emulation
