@@ -14,7 +14,7 @@ constexpr int kFewRows = 2;
 constexpr int64_t kSliceBlocks = 24;
 static_assert(kSliceBlocks % kRowGroupBlocks == 0);
 // How far ahead a single tile asks for weights: about memory's latency times a core's share of its bandwidth.
-constexpr int64_t kPrefetchBlocks = 16;
+constexpr int64_t kPrefetchBlocks = 32;
 
 // Four products per lane of a unit of weights (0..255) and a row's four elements.
 #if ATP_DOT8
@@ -322,23 +322,25 @@ HWY_INLINE void SumBlocks(const L (&loaders)[P], const uint32_t* HWY_RESTRICT wo
                           float (&sums)[R][P * kPanelOuts]) {
   constexpr int V = P * kPanelVectors;
   const DF d;
+  VF acc[R][V], total[R][V];
   ATP_UNROLL for (int r = 0; r < R; ++r) {
-    ATP_UNROLL for (int v = 0; v < V; ++v) hn::Store(hn::Zero(d), d, sums[r] + v * kLanes);
+    ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = total[r][v] = hn::Zero(d);
   }
-  for (int64_t group = begin; group < end; group += kRowGroupBlocks) {
-    VF acc[R][V];
-    ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
-    for (int64_t b = group; b < std::min(group + kRowGroupBlocks, end); ++b) {
-      ahead.Fetch(b - begin, end - begin);
-      AddBlock<R, P>(loaders, b, words + b * 8 * kDotWords * R, about + b * kRowWords * R, acc);
-    }
-    const float* scale = reinterpret_cast<const float*>(about + (group * kRowWords + kRowScale) * R);
+  for (int64_t b = begin; b < end; ++b) {
+    ahead.Fetch(b - begin, end - begin);
+    const uint32_t* const here = about + b * kRowWords * R;
+    AddBlock<R, P>(loaders, b, words + b * 8 * kDotWords * R, here, acc);
+    if ((b + 1) % kRowGroupBlocks != 0 && b + 1 != end) continue;
+    const float* const scale = reinterpret_cast<const float*>(here + kRowScale * R);
     ATP_UNROLL for (int r = 0; r < R; ++r) {
       ATP_UNROLL for (int v = 0; v < V; ++v) {
-        float* const sum = sums[r] + v * kLanes;
-        hn::Store(hn::MulAdd(acc[r][v], hn::Set(d, scale[r]), hn::Load(d, sum)), d, sum);
+        total[r][v] = hn::MulAdd(acc[r][v], hn::Set(d, scale[r]), total[r][v]);
+        acc[r][v] = hn::Zero(d);
       }
     }
+  }
+  ATP_UNROLL for (int r = 0; r < R; ++r) {
+    ATP_UNROLL for (int v = 0; v < V; ++v) hn::StoreU(total[r][v], d, sums[r] + v * kLanes);
   }
 }
 
