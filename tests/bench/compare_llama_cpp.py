@@ -12,6 +12,8 @@ llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 
     peak_rss      bytes, of that same server after the answer
     serve         1, 8 and 32 users at once, 256 tokens in and 128 out: tokens/s in total, and the 95th percentile of the
                   time to first token in seconds
+    long          one user with --long-prompt tokens in: tokens/s of the answer from its first token on, exact and
+                  (row "ratio 0.25") with a quarter of the cache entries on atp's side; seconds to the first token
 
 A row ends after --rounds rounds, or after the first one that ends past --row-seconds; "rounds" of a row says how many
 there were. The file is written anew after every row. About twelve minutes on two cores, at TinyLlama's shape:
@@ -42,6 +44,7 @@ PAIRS = {  # name: (atp's file, llama.cpp's file)
     "bf16/BF16": ("model-bf16.gguf", "model-bf16.gguf"),
 }
 QUANTISED = {"model-q8_0.gguf": "Q8_0", "model-q4_0.gguf": "Q4_0", "model-q4_k.gguf": "Q4_K_S"}
+TESTS = ["decode", "prefill", "start", "serve", "long"]
 POSITIONS = 512  # of a served request: 256 in, 128 out, and room
 
 
@@ -92,7 +95,7 @@ def free_port():
 class Server:
     """A server on a port of its own, from exec to SIGTERM."""
 
-    def __init__(self, args, side, pair, users):
+    def __init__(self, args, side, pair, users, positions=POSITIONS, flags=()):
         self.side = side
         self.port = free_port()
         model, gguf = PAIRS[pair]
@@ -100,10 +103,11 @@ class Server:
             command = [args.atp, "serve", "--model", args.models / model, "--threads", args.threads, "--http-port",
                        self.port, "--grpc-port", 0, "--metrics-port", 0, "--set",
                        f"scheduler.max_running_requests={users}", "--set", "kv_cache.prefix_cache=false", "--set", "model.name=model", "--set",
-                       f"kv_cache.memory_bytes={args.kv_bytes * users}", *args.atp_flags]
+                       f"kv_cache.memory_bytes={args.kv_bytes * users * positions // POSITIONS}", *flags,
+                       *args.atp_flags]
         else:
             command = [args.llama_bin / "llama-server", "-m", args.models / gguf, "-t", args.threads, "--host", "127.0.0.1",
-                       "--port", self.port, "-np", users, "-c", POSITIONS * users, "--no-webui"]
+                       "--port", self.port, "-np", users, "-c", positions * users, "--no-webui"]
         self.started = time.monotonic()
         self.process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL)
@@ -185,6 +189,14 @@ def serve(args, side, pair, users):
                 "peak_rss_bytes": server.peak_rss_bytes()}
 
 
+def long_context(args, side, pair, flags):
+    with Server(args, side, pair, 1, positions=args.long_prompt + 256, flags=flags) as server:
+        server.wait()
+        first, last, count = server.answer(prompt_of(0, args.long_prompt), args.long_tokens)
+        return {"tokens_per_second": (count - 1) / (last - first), "ttft_s": first,
+                "peak_rss_bytes": server.peak_rss_bytes()}
+
+
 # --- by turns --------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +239,15 @@ def rows_of(args):
             yield compared(args, {"test": "serve", "pair": pair, "users": users},
                            lambda side: serve(args, side, pair, users),
                            {"tokens_per_second": 1, "ttft_p95_s": -1, "peak_rss_bytes": -1})
+        if "long" in args.tests and pair in (args.serve_pairs or args.pairs):
+            yield from long_rows(args, pair)
+
+
+def long_rows(args, pair):
+    for name, flags in (("exact", ()), ("ratio 0.25", ("--set", "atp.ratio=0.25"))):
+        yield compared(args, {"test": "long", "pair": pair, "prompt": args.long_prompt, "atp_entries": name},
+                       lambda side, flags=flags: long_context(args, side, pair, flags),
+                       {"tokens_per_second": 1, "ttft_s": -1, "peak_rss_bytes": -1})
 
 
 def main():
@@ -238,16 +259,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--row-seconds", type=float, default=0, help="no further round of a row after so long; 0: all")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--serve-pairs", nargs="+", choices=PAIRS, help="of --pairs, for serve; default: all")
-    parser.add_argument("--tests", nargs="+", choices=["decode", "prefill", "start", "serve"],
-                        default=["decode", "prefill", "start", "serve"])
+    parser.add_argument("--serve-pairs", nargs="+", choices=PAIRS, help="of --pairs, for serve and long; default: all")
+    parser.add_argument("--tests", nargs="+", choices=TESTS, default=TESTS[:4])
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--prefill-tokens", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--waves", type=int, default=2, help="requests per user, one after the other")
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--answer-tokens", type=int, default=128)
-    parser.add_argument("--kv-bytes", type=int, default=32 << 20, help="atp's cache per user")
+    parser.add_argument("--long-prompt", type=int, default=8064)
+    parser.add_argument("--long-tokens", type=int, default=64)
+    parser.add_argument("--kv-bytes", type=int, default=32 << 20, help="atp's cache per user and 512 positions")
     parser.add_argument("--atp-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to atp")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     args = parser.parse_args()
