@@ -55,6 +55,12 @@ def output_of(command):
     return done.stdout
 
 
+def version_of(llama):
+    """Its version and build lines, which it prints as errors."""
+    said = subprocess.run([llama, "--version"], capture_output=True, text=True)
+    return " ".join(line for line in (said.stdout + said.stderr).splitlines() if "version" in line)
+
+
 def make_missing(args):
     for name, kind in QUANTISED.items():
         path = args.models / name
@@ -277,7 +283,8 @@ def main():
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     flags = [pathlib.Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
     report = {"command": " ".join(["compare_llama_cpp.py", *flags]), "date": time.strftime("%Y-%m-%d"), "cpu": cpu,
-              "threads": args.threads, "atp": output_of([args.atp, "--version"]).strip(), "rows": []}
+              "threads": args.threads, "atp": output_of([args.atp, "--version"]).strip(),
+              "llama_cpp": version_of(args.llama_bin / "llama-server"), "rows": []}
     for row in rows_of(args):
         report["rows"].append(row)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
