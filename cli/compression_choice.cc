@@ -87,6 +87,7 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   choice.ratio = budget.ratio;
   choice.bits = budget.bits;
   CompressionSettings& settings = choice.settings;
+  settings.preset = choice.preset;
   settings.bits = budget.bits;
   settings.ratio = choice.ratio;
   settings.segment_tokens = config.segment_tokens;

@@ -155,7 +155,18 @@ void AnswerStream::Send(std::string text, Release release) {
   active_->sink->OnDelta(std::move(delta));
 }
 
-bool AnswerStream::Finish(FinishReason reason, std::string message, int cached_tokens) {
+void AddCompression(const CompressionUsage& answer, CompressionUsage* request) {
+  request->preset = answer.preset;
+  request->ratio = answer.ratio;
+  request->bits = answer.bits;
+  request->tokens += answer.tokens;
+  request->compressed_tokens += answer.compressed_tokens;
+  request->entries += answer.entries;
+  request->kv_bytes += answer.kv_bytes;
+  request->exact_kv_bytes += answer.exact_kv_bytes;
+}
+
+bool AnswerStream::Finish(FinishReason reason, std::string message, Usage usage) {
   if (detokenizer_ && !text_is_complete_ && reason != FinishReason::kCancelled) {
     // An unfinished character becomes U+FFFD, which may complete a stop string.
     StopChecker::Result rest =
@@ -169,12 +180,13 @@ bool AnswerStream::Finish(FinishReason reason, std::string message, int cached_t
   finish.reason = reason;
   finish.matched_stop = matched_stop_;
   finish.message = std::move(message);
-  finish.usage.prompt_tokens = static_cast<int>(active_->request->prompt.size());
-  finish.usage.completion_tokens = completion_tokens_;
-  finish.usage.cached_tokens = cached_tokens;
-  active_->usage.prompt_tokens = finish.usage.prompt_tokens;
+  usage.prompt_tokens = static_cast<int>(active_->request->prompt.size());
+  usage.completion_tokens = completion_tokens_;
+  active_->usage.prompt_tokens = usage.prompt_tokens;
   active_->usage.completion_tokens += completion_tokens_;
-  if (index_ == 0) active_->usage.cached_tokens = cached_tokens;
+  if (index_ == 0) active_->usage.cached_tokens = usage.cached_tokens;
+  AddCompression(usage.atp, &active_->usage.atp);
+  finish.usage = std::move(usage);
   active_->sink->OnFinish(std::move(finish));
   return --active_->answers_left == 0;
 }

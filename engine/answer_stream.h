@@ -71,8 +71,9 @@ class AnswerStream {
   // Finish.
   std::optional<FinishReason> Append(Sampled sampled, absl::Time now);
 
-  // Sends the rest and the end. Returns true when it was the request's last answer.
-  bool Finish(FinishReason reason, std::string message, int cached_tokens);
+  // Sends the rest and the end. Returns true when it was the request's last answer. `usage`: all but prompt
+  // and completion.
+  bool Finish(FinishReason reason, std::string message, Usage usage = {});
 
   int completion_tokens() const { return completion_tokens_; }
   std::optional<absl::Time> last_token_time() const { return last_token_time_; }

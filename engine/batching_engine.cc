@@ -230,7 +230,7 @@ void BatchingEngine::Start(Submission submission) {
     const bool scored = request.echo_prompt && request.sampling.logprobs.has_value();
     if (request.echo_prompt && !scored) stream->SendPrompt();
     if (max_new_tokens == 0 && !scored) {
-      EmitFinish(stream.get(), FinishReason::kLength, "", 0);
+      EmitFinish(stream.get(), FinishReason::kLength, "", CacheUsage(plan.get(), request, {}));
       continue;
     }
     const absl::Status admitted = scheduler_.Admit(
@@ -345,14 +345,37 @@ void BatchingEngine::EmitFinished(const std::string& error) {
     std::string message;
     if (reason == FinishReason::kShutdown) message = "the server shut down before the answer was whole";
     if (reason == FinishReason::kError) message = error;
-    EmitFinish(sequence->stream(), reason, std::move(message), sequence->cached_tokens());
+    Usage usage = CacheUsage(sequence->plan(), sequence->request(), sequence->held());
+    usage.cached_tokens = sequence->cached_tokens();
+    EmitFinish(sequence->stream(), reason, std::move(message), std::move(usage));
   }
 }
 
-void BatchingEngine::EmitFinish(AnswerStream* stream, FinishReason reason, std::string message,
-                                int cached_tokens) {
+// What an answer is told about its cache. `held`: all zero when it never ran.
+Usage BatchingEngine::CacheUsage(const CompressionPlan* plan, const Request& request,
+                                 const Sequence::Held& held) const {
+  const KvCache::Shape& shape = kv_cache_.shape();
+  const int64_t heads = shape.heads_total();
+  const KvPage exact(shape.format, shape.block_tokens, shape.head_dim, /*with_log_mass=*/false);
+  const int64_t exact_blocks = (held.tokens + shape.block_tokens - 1) / shape.block_tokens * heads;
+  Usage usage;
+  CompressionUsage& atp = usage.atp;
+  const bool compresses = plan != nullptr && plan->compresses();
+  atp.preset = compresses ? plan->settings().preset : "exact";
+  if (compresses && request.compression) atp.preset = request.compression->preset.value_or("ratio");
+  atp.ratio = compresses ? plan->MeanRatio() : 1;
+  atp.bits = compresses ? plan->MeanBits() : BitsOf(shape.format);
+  atp.tokens = held.tokens;
+  atp.compressed_tokens = held.compressed_tokens;
+  atp.entries = (held.entries + heads / 2) / heads;
+  atp.kv_bytes = held.blocks * static_cast<int64_t>(kv_cache_.block_bytes());
+  atp.exact_kv_bytes = exact_blocks * static_cast<int64_t>(exact.bytes());
+  return usage;
+}
+
+void BatchingEngine::EmitFinish(AnswerStream* stream, FinishReason reason, std::string message, Usage usage) {
   ActiveRequest& active = stream->active();
-  if (!stream->Finish(reason, std::move(message), cached_tokens)) return;
+  if (!stream->Finish(reason, std::move(message), std::move(usage))) return;
   const RequestReport report = active.Report(reason, absl::Now());
   LogFinished(active, report);
   if (observer_ != nullptr) observer_->OnRequestFinished(report);

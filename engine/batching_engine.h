@@ -78,7 +78,8 @@ class BatchingEngine : public Engine {
   void Deliver(const Batch& batch, absl::Time now);
   void Fail(const absl::Status& status);
   void EmitFinished(const std::string& error = "");  // `error`: what kError answers say
-  void EmitFinish(AnswerStream* stream, FinishReason reason, std::string message, int cached_tokens);
+  void EmitFinish(AnswerStream* stream, FinishReason reason, std::string message, Usage usage);
+  Usage CacheUsage(const CompressionPlan* plan, const Request& request, const Sequence::Held& held) const;
   void NoteStarted(const Batch& batch, absl::Time now);
   void Report(const Batch& batch, absl::Duration duration);
   void PublishStats();

@@ -20,7 +20,10 @@ uint64_t Mix(uint64_t x) {
 }
 
 // Changes with everything that changes what a fit makes of the same tokens and settings.
-constexpr uint64_t kFormatVersion = 2;
+constexpr uint64_t kFormatVersion = 3;
+
+// How much a history may exceed its cap, and how much less it has when it was fitted again: this share of it.
+constexpr int kCapRoom = 4;
 
 // Backends work on this many entries at once, so pages hold multiples of it.
 constexpr int kSliceEntries = 16;
@@ -93,10 +96,11 @@ CompressionPlan::CompressionPlan(const CompressionSettings& settings, const Comp
       counts_(std::move(counts)),
       samples_(std::min(kPrincipalSamples, settings.segment_tokens)),
       first_replacing_(std::numeric_limits<int>::max()) {
-  // The first segment k with (k + 1) · count > cap in some head.
   if (settings.max_principal_keys > 0) {
     const int largest = *std::max_element(counts_.begin(), counts_.end());
-    first_replacing_ = settings.max_principal_keys / largest;
+    const int room = settings.max_principal_keys / kCapRoom / largest;
+    replacing_period_ = 1 + 2 * room;
+    first_replacing_ = settings.max_principal_keys / largest + room;
   }
   if (HasLowRank(settings)) {
     linear_rank_ = std::clamp(static_cast<int>(std::lround(settings.linear_rank * settings.segment_tokens)),
@@ -112,8 +116,9 @@ std::vector<int32_t> CompressionPlan::LevelEntries(int32_t count) const {
   if (cap == 0) return entries;
   const int segments = shape_.max_positions / settings_.segment_tokens + 1;
   const int saturated = CeilDiv(cap, *std::min_element(counts_.begin(), counts_.end()));
-  for (int k = first_replacing_; k <= std::max(first_replacing_, std::min(saturated, segments)); ++k)
-    entries.push_back(std::min<int32_t>(cap, (k + 1) * count));
+  const int last = std::max(first_replacing_, std::min(saturated, segments) + replacing_period_ - 1);
+  for (int k = first_replacing_; k <= last; k += replacing_period_)
+    entries.push_back(std::min<int32_t>(cap - (replacing_period_ - 1) / 2 * count, (k + 1) * count));
   return entries;
 }
 
@@ -168,6 +173,19 @@ void CompressionPlan::PlacePages(size_t level) {
   }
   group_places_.push_back(std::move(places));
   total_group_blocks_.push_back(CeilDiv(next, kBlockParts));
+}
+
+double CompressionPlan::MeanRatio() const {
+  if (counts_.empty()) return 1;
+  return std::accumulate(counts_.begin(), counts_.end(), 0.0) /
+         static_cast<double>(counts_.size() * static_cast<size_t>(settings_.segment_tokens));
+}
+
+double CompressionPlan::MeanBits() const {
+  if (head_page_.empty()) return BitsOf(shape_.format);
+  double sum = 0;
+  for (const int page : head_page_) sum += BitsOf(pages_[page].format());
+  return sum / static_cast<double>(head_page_.size());
 }
 
 uint64_t CompressionPlan::Hash() const {

@@ -3,9 +3,11 @@
 //
 // Segment k is the tokens [k·S, (k+1)·S). A token at position p sees the segments 0 .. VisibleSegments(p) - 1
 // as principal entries and everything behind them as exact tokens. A segment is fitted once, in the step that
-// computes its last token ("closes" it), into one group of blocks. Without a cap every segment adds its
-// entries to those of the segments before it; with one, from the segment on that would exceed it in some
-// head, a segment's group is the whole new history of every head and replaces the groups before it.
+// computes its last token ("closes" it), into one group of blocks, which adds its entries to those of the
+// segments before it. With a cap, where they would be too many in some head, the segment's group is the whole
+// new history of every head and replaces the groups before it. To fit a whole history again is dear, so it is
+// done once for many segments: into three quarters of the cap, as nearly as whole segments come, and again
+// when it would have more than five quarters.
 //
 // "State k" is the principal history that ends with segment k. No plan (a null pointer) is exact attention.
 #ifndef ATP_ENGINE_COMPRESSION_PLAN_H_
@@ -17,6 +19,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -44,7 +47,8 @@ struct CompressionSettings {
   int max_principal_keys = 0;      // per kv head; 0 = as many as there are
   // Rank of the input of linear layers in whole segments of a prompt, as a share of segment_tokens; 1: exact.
   double linear_rank = 1;
-  uint8_t linear_layers = 0;  // LinearLayers that take it: see ChooseLinearLayers (engine/low_rank.h)
+  uint8_t linear_layers = 0;     // LinearLayers that take it: see ChooseLinearLayers (engine/low_rank.h)
+  std::string preset = "ratio";  // where these come from, for people: "balanced" …, "ratio": set by hand
 };
 
 // Whether any history is compressed with these, and whether any linear layer has a low-rank input.
@@ -121,9 +125,14 @@ class CompressionPlan {
   }
 
   // --- entries and blocks of principal history, per head = layer * kv_heads + kv head ---
-  bool Replaces(int segment) const { return segment >= first_replacing_; }
+  bool Replaces(int segment) const {
+    return segment >= first_replacing_ && (segment - first_replacing_) % replacing_period_ == 0;
+  }
   // First segment whose group belongs to state `segment`.
-  int StateBegin(int segment) const { return Replaces(segment) ? segment : 0; }
+  int StateBegin(int segment) const {
+    if (segment < first_replacing_) return 0;
+    return segment - (segment - first_replacing_) % replacing_period_;
+  }
   // Entries and pages of segment `segment`'s group (padding is not counted as entries). [heads]
   std::span<const int32_t> GroupEntries(int segment) const { return Row(group_entries_, segment); }
   std::span<const int32_t> GroupPages(int segment) const { return Row(group_pages_, segment); }
@@ -132,6 +141,9 @@ class CompressionPlan {
   std::span<const int32_t> GroupPlaces(int segment) const { return group_places_[Level(segment)]; }
   int TotalGroupBlocks(int segment) const { return total_group_blocks_[Level(segment)]; }
   int64_t TotalGroupEntries(int segment) const { return total_group_entries_[Level(segment)]; }
+  // Means over heads: entries per token of a segment, and bits per element.
+  double MeanRatio() const;
+  double MeanBits() const;
   // How the principal entries of a head are laid out; lives as long as the plan. Of all pages of the head's
   // format that one in which its groups take the least room, and of those the largest.
   const KvPage* Page(int head) const { return &pages_[head_page_[head]]; }
@@ -139,7 +151,9 @@ class CompressionPlan {
   // Pages of state `segment` in one head; 0 for segment -1, before the first.
   int StatePages(int segment, int head) const {
     if (segment < 0) return 0;
-    return Replaces(segment) ? GroupPages(segment)[head] : (segment + 1) * GroupPages(segment)[head];
+    const int begin = StateBegin(segment);
+    const int added = segment > begin ? (segment - begin) * GroupPages(segment)[head] : 0;
+    return GroupPages(begin)[head] + added;
   }
   // Entries that a fit always keeps: the sinks, which lead the first segment and every state.
   int ForcedEntries(int segment) const {
@@ -173,9 +187,10 @@ class CompressionPlan {
   CompressionPlan(const CompressionSettings& settings, const CompressionShape& shape,
                   std::vector<int32_t> counts, const std::vector<int>& bits);
 
-  // Groups are all alike, until replacing ones grow head by head to the cap; then they are alike again.
+  // Groups of one segment are all alike; replacing ones grow head by head, up to a number.
   size_t Level(int segment) const {
-    return std::min(static_cast<size_t>(std::max(0, segment - first_replacing_ + 1)),
+    if (!Replaces(segment)) return 0;
+    return std::min(static_cast<size_t>((segment - first_replacing_) / replacing_period_ + 1),
                     total_group_blocks_.size() - 1);
   }
   std::span<const int32_t> Row(const std::vector<int32_t>& table, int segment) const {
@@ -196,6 +211,7 @@ class CompressionPlan {
   std::vector<int> head_page_;   // [heads], index into pages_
   int samples_;
   int first_replacing_;                             // segment; beyond every position without a cap
+  int replacing_period_ = 1;                        // every so many segments after that
   std::vector<int32_t> group_entries_;              // [levels, heads]
   std::vector<int32_t> group_pages_;                // [levels, heads]
   std::vector<std::vector<int32_t>> group_places_;  // [levels][pages]

@@ -112,8 +112,7 @@ void EchoEngine::AppendToken(Running* running, size_t index, absl::Time now) {
 
 void EchoEngine::EndAnswer(Running* running, size_t index, FinishReason reason) {
   const std::unique_ptr<AnswerStream> answer = std::move(running->answers[index]);
-  const bool last =
-      answer->Finish(reason, reason == FinishReason::kShutdown ? "the server shut down" : "", 0);
+  const bool last = answer->Finish(reason, reason == FinishReason::kShutdown ? "the server shut down" : "");
   if (!last) return;
   LogFinished(*running->active, running->active->Report(reason, absl::Now()));
   queue_.NoteEnded(running->active->started.has_value());

@@ -80,11 +80,27 @@ struct OutputDelta {
   bool is_prompt = false;
 };
 
+// How an answer's history was compressed, and what its cache held when it ended. A request's answers are
+// added up; what they share counts for each.
+struct CompressionUsage {
+  std::string preset;  // "exact", "balanced" …, "ratio" where it was set by hand; empty: not known
+  double ratio = 1;    // principal entries per token of a compressed segment, mean over kv heads
+  double bits = 0;     // per element of principal entries, mean over kv heads
+  int64_t tokens = 0;  // of prompt and answer that were in the cache
+  int64_t compressed_tokens = 0;  // of these, those that were there as principal entries only
+  int64_t entries = 0;            // exact and principal ones, mean over kv heads
+  int64_t kv_bytes = 0;           // of all blocks, those for the next fit too
+  int64_t exact_kv_bytes = 0;     // what an exact cache of the same format would have taken
+};
+
 struct Usage {
   int prompt_tokens = 0;
   int completion_tokens = 0;
   int cached_tokens = 0;  // of the prompt, found in the prefix cache
+  CompressionUsage atp = {};
 };
+// Adds one answer's to those of its request.
+void AddCompression(const CompressionUsage& answer, CompressionUsage* request);
 
 struct OutputFinish {
   int index = 0;

@@ -368,6 +368,7 @@ std::unique_ptr<Sequence> Scheduler::RemoveRunning(Sequence* s) {
 }
 
 void Scheduler::MoveToFinished(std::unique_ptr<Sequence> s, FinishReason reason) {
+  s->held_ = Held(*s);
   ReleaseBlocks(s.get());
   s->state_ = SequenceState::kFinished;
   s->finish_reason_ = reason;
@@ -414,6 +415,18 @@ std::vector<std::unique_ptr<Sequence>> Scheduler::TakeFinished() { return std::e
 
 // ---- looking ----
 
+Sequence::Held Scheduler::Held(const Sequence& s) const {
+  Sequence::Held held;
+  held.tokens = s.position_;
+  held.blocks = s.held_blocks();
+  held.entries = static_cast<int64_t>(s.exact_entries_) * group_blocks();
+  if (s.visible_segments_ == 0) return held;
+  held.compressed_tokens = s.visible_segments_ * s.plan_->segment_tokens();
+  for (int k = s.first_principal_; k < s.visible_segments_; ++k)
+    held.entries += s.plan_->TotalGroupEntries(k);
+  return held;
+}
+
 SchedulerStats Scheduler::stats() const {
   SchedulerStats stats;
   stats.running = static_cast<int>(running_.size());
@@ -433,13 +446,13 @@ SchedulerStats Scheduler::stats() const {
     stats.exact_blocks += exact;
     stats.query_blocks += queries;
     stats.principal_blocks += principal;
-    stats.exact_entries += static_cast<int64_t>(s->exact_entries_) * group_blocks();
-    if (s->visible_segments_ == 0) continue;
-    for (int k = s->first_principal_; k < s->visible_segments_; ++k)
-      stats.principal_entries += s->plan_->TotalGroupEntries(k);
-    const int tokens = s->visible_segments_ * s->plan_->segment_tokens();
-    stats.tokens_compressed += tokens;
-    stats.blocks_saved += static_cast<int64_t>(Groups(tokens)) * group_blocks() - principal;
+    const Sequence::Held held = Held(*s);
+    const int64_t exact_entries = static_cast<int64_t>(s->exact_entries_) * group_blocks();
+    stats.exact_entries += exact_entries;
+    if (held.compressed_tokens == 0) continue;
+    stats.principal_entries += held.entries - exact_entries;
+    stats.tokens_compressed += held.compressed_tokens;
+    stats.blocks_saved += static_cast<int64_t>(Groups(held.compressed_tokens)) * group_blocks() - principal;
   }
   return stats;
 }

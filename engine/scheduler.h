@@ -144,6 +144,7 @@ class Scheduler {
   absl::Status CheckCompression(const Sequence& s) const;
   void ReleaseBlocks(Sequence* s);
   std::unique_ptr<Sequence> RemoveRunning(Sequence* s);
+  Sequence::Held Held(const Sequence& s) const;
   void MoveToFinished(std::unique_ptr<Sequence> s, FinishReason reason);
 
   int Groups(int entries) const { return (entries + options_.block_tokens - 1) / options_.block_tokens; }

@@ -83,6 +83,14 @@ class Sequence {
   int64_t held_blocks() const;                         // in all its groups
   const BlockTable& table() const { return *table_; }  // of a running sequence
   int cached_tokens() const { return cached_tokens_; }
+  // What it held when it finished.
+  struct Held {
+    int tokens = 0;
+    int compressed_tokens = 0;
+    int64_t entries = 0;  // over layers and kv heads
+    int64_t blocks = 0;
+  };
+  const Held& held() const { return held_; }
   // Prompt rows whose logits were seen; rows before are not asked for again after a preemption.
   int scored_tokens() const { return scored_tokens_; }
 
@@ -114,6 +122,7 @@ class Sequence {
   int exact_entries_ = 0;
   int cached_tokens_ = 0;
   int scored_tokens_ = 0;
+  Held held_;
   bool was_running_ = false;  // cached tokens count once, not again after a preemption
 
   // One per block of exact tokens, in order, from the first token that is not compressed.

@@ -149,6 +149,7 @@ void CompletionAnswer::OnFinish(int prompt, OutputFinish finish) {
       usage_.cached_tokens += finish.usage.cached_tokens;
     }
     usage_.completion_tokens += finish.usage.completion_tokens;
+    AddCompression(finish.usage.atp, &usage_.atp);
     --unfinished_;
     MarkDirty(index);
     tell |= unfinished_ == 0 || !failure_.ok();
@@ -230,7 +231,10 @@ AnswerPiece CompletionAnswer::NextOfStream() {
     failure = failure_;
     ended = unfinished_ == 0;
   }
-  for (ChoicePiece& part : pieces) RenderPiece(std::move(part), &piece.chunk);
+  for (ChoicePiece& part : pieces) {
+    const bool last = ended && !header_.include_usage && &part == &pieces.back();
+    RenderPiece(std::move(part), last ? &usage_.atp : nullptr, &piece.chunk);
+  }
   if (!failure.ok()) return Failure(failure, std::move(piece.chunk));
   if (ended) {
     if (header_.include_usage) AppendSseEvent(RenderUsageChunk(header_, usage_), &piece.chunk);
@@ -243,7 +247,7 @@ AnswerPiece CompletionAnswer::NextOfStream() {
   return piece;
 }
 
-void CompletionAnswer::RenderPiece(ChoicePiece piece, std::string* stream) {
+void CompletionAnswer::RenderPiece(ChoicePiece piece, const CompressionUsage* last, std::string* stream) {
   const Tokenizer& tokenizer = service_->tokenizer();
   Choice& choice = choices_[piece.index];  // `begun` and `position` are the strand's alone
   if (header_.chat && !std::exchange(choice.begun, true)) {
@@ -254,10 +258,10 @@ void CompletionAnswer::RenderPiece(ChoicePiece piece, std::string* stream) {
     AppendSseEvent(RenderChunk(header_, piece, tokenizer, &choice.position), stream);
   }
   if (finish && (*finish == FinishReason::kStop || *finish == FinishReason::kLength)) {
-    ChoicePiece last;
-    last.index = piece.index;
-    last.finish = finish;
-    AppendSseEvent(RenderChunk(header_, last, tokenizer, &choice.position), stream);
+    ChoicePiece end;
+    end.index = piece.index;
+    end.finish = finish;
+    AppendSseEvent(RenderChunk(header_, end, tokenizer, &choice.position, last), stream);
   }
 }
 

@@ -52,7 +52,8 @@ class CompletionAnswer final : public PendingAnswer, public std::enable_shared_f
   void OnFinish(int prompt, OutputFinish finish);
   void MarkDirty(int index);  // with mutex_ held
   AnswerPiece Failure(const absl::Status& failure, std::string unsent);
-  void RenderPiece(ChoicePiece piece, std::string* stream);
+  // last: what the stream's last chunk says besides; null: another one is.
+  void RenderPiece(ChoicePiece piece, const CompressionUsage* last, std::string* stream);
   AnswerPiece NextOfStream();
   AnswerPiece Whole();
 

@@ -127,6 +127,17 @@ void AddUsage(const OutputFinish& finish, v1::Usage* usage) {
   usage->set_prompt_tokens(finish.usage.prompt_tokens);
   usage->set_completion_tokens(usage->completion_tokens() + finish.usage.completion_tokens);
   if (finish.index == 0) usage->set_cached_tokens(finish.usage.cached_tokens);
+  const CompressionUsage& atp = finish.usage.atp;
+  if (atp.preset.empty()) return;
+  v1::CompressionUsage* const sum = usage->mutable_atp();
+  sum->set_preset(atp.preset);
+  sum->set_ratio(atp.ratio);
+  sum->set_bits(atp.bits);
+  sum->set_tokens(sum->tokens() + atp.tokens);
+  sum->set_compressed_tokens(sum->compressed_tokens() + atp.compressed_tokens);
+  sum->set_entries(sum->entries() + atp.entries);
+  sum->set_kv_bytes(sum->kv_bytes() + atp.kv_bytes);
+  sum->set_exact_kv_bytes(sum->exact_kv_bytes() + atp.exact_kv_bytes);
 }
 
 void FillModelInfo(const ServedModel& model, v1::ModelInfo* info) {

@@ -98,8 +98,10 @@ int HttpStatusOf(const absl::Status& status);
 
 // Chunks of a stream, without SSE framing. A chat's first chunk of a choice is its role.
 std::string RenderRoleChunk(const AnswerHeader& header, int index);
+// `last`: of all of a stream's, where no usage chunk follows: null otherwise.
 std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
-                        TextPosition* position);
+                        TextPosition* position, const CompressionUsage* last = nullptr);
+// `atp` (in every last chunk and whole answer, where the engine says): how its history was compressed.
 std::string RenderUsageChunk(const AnswerHeader& header, const Usage& usage);
 
 // A whole answer. `positions` are as at the beginning, one per piece.

@@ -109,6 +109,19 @@ ordered_json UsageObject(const Usage& usage) {
           {"prompt_tokens_details", {{"cached_tokens", usage.cached_tokens}}}};
 }
 
+// Not a field of OpenAI's: beside `usage`, so that clients that know theirs pass over it.
+void AddAtp(const CompressionUsage& atp, ordered_json* answer) {
+  if (atp.preset.empty()) return;
+  (*answer)["atp"] = {{"preset", atp.preset},
+                      {"ratio", atp.ratio},
+                      {"bits", atp.bits},
+                      {"tokens", atp.tokens},
+                      {"compressed_tokens", atp.compressed_tokens},
+                      {"entries", atp.entries},
+                      {"kv_bytes", atp.kv_bytes},
+                      {"exact_kv_bytes", atp.exact_kv_bytes}};
+}
+
 ordered_json Envelope(const AnswerHeader& header, bool chunk) {
   const char* object = !header.chat ? "text_completion" : chunk ? "chat.completion.chunk" : "chat.completion";
   return {{"id", header.id},
@@ -118,10 +131,11 @@ ordered_json Envelope(const AnswerHeader& header, bool chunk) {
           {"system_fingerprint", absl::StrCat("atp-", std::string(AtpVersion()))}};
 }
 
-std::string Chunk(const AnswerHeader& header, ordered_json choice) {
+std::string Chunk(const AnswerHeader& header, ordered_json choice, const CompressionUsage* last = nullptr) {
   ordered_json chunk = Envelope(header, true);
   chunk["choices"] = ordered_json::array({std::move(choice)});
   if (header.include_usage) chunk["usage"] = nullptr;
+  if (last != nullptr) AddAtp(*last, &chunk);
   return Dump(chunk);
 }
 
@@ -227,7 +241,7 @@ std::string RenderRoleChunk(const AnswerHeader& header, int index) {
 }
 
 std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
-                        TextPosition* position) {
+                        TextPosition* position, const CompressionUsage* last) {
   ordered_json choice = {{"index", piece.index}};
   if (header.chat) {
     choice["delta"] = ordered_json::object();
@@ -238,13 +252,14 @@ std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, co
   choice["logprobs"] =
       piece.logprobs.empty() ? ordered_json(nullptr) : Logprobs(header, piece, tokenizer, position);
   choice["finish_reason"] = FinishName(piece.finish);
-  return Chunk(header, std::move(choice));
+  return Chunk(header, std::move(choice), last);
 }
 
 std::string RenderUsageChunk(const AnswerHeader& header, const Usage& usage) {
   ordered_json chunk = Envelope(header, true);
   chunk["choices"] = ordered_json::array();
   chunk["usage"] = UsageObject(usage);
+  AddAtp(usage.atp, &chunk);
   return Dump(chunk);
 }
 
@@ -267,6 +282,7 @@ std::string RenderAnswer(const AnswerHeader& header, const std::vector<ChoicePie
   }
   answer["choices"] = std::move(choices);
   answer["usage"] = UsageObject(usage);
+  AddAtp(usage.atp, &answer);
   return Dump(answer);
 }
 

@@ -84,7 +84,13 @@ Chunk FromProto(const v1::Choice& in) {
 }
 
 Usage FromProto(const v1::Usage& in) {
-  return {in.prompt_tokens(), in.completion_tokens(), in.cached_tokens()};
+  Usage out{in.prompt_tokens(), in.completion_tokens(), in.cached_tokens(), std::nullopt};
+  if (!in.has_atp()) return out;
+  const v1::CompressionUsage& atp = in.atp();
+  out.atp = CompressionUsage{
+      atp.preset(),  atp.ratio(),    atp.bits(),          atp.tokens(), atp.compressed_tokens(),
+      atp.entries(), atp.kv_bytes(), atp.exact_kv_bytes()};
+  return out;
 }
 
 absl::Status FromGrpc(const grpc::Status& status, const grpc::ClientContext& context) {

@@ -101,10 +101,23 @@ struct Logprob {
 
 enum class FinishReason { kNotFinished, kStop, kLength };
 
+// How the answers' history was compressed (CompressionUsage in the .proto).
+struct CompressionUsage {
+  std::string preset;
+  double ratio = 1;
+  double bits = 0;
+  int64_t tokens = 0;
+  int64_t compressed_tokens = 0;
+  int64_t entries = 0;
+  int64_t kv_bytes = 0;
+  int64_t exact_kv_bytes = 0;
+};
+
 struct Usage {
   int prompt_tokens = 0;
   int completion_tokens = 0;
   int cached_tokens = 0;
+  std::optional<CompressionUsage> atp;
 };
 
 // A whole answer, or a piece of one in a stream (then text and tokens are the new piece).

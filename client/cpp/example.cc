@@ -25,6 +25,11 @@ int main(int argc, char** argv) {
       std::cerr << "try again in " << *wait << "\n";
     return 1;
   }
-  std::cerr << usage->prompt_tokens << " prompt tokens, " << usage->completion_tokens << " generated\n";
+  std::cerr << usage->prompt_tokens << " prompt tokens, " << usage->completion_tokens << " generated";
+  if (usage->atp) {
+    std::cerr << ", compression " << usage->atp->preset << ": " << usage->atp->kv_bytes
+              << " bytes of KV cache, " << usage->atp->exact_kv_bytes << " exact";
+  }
+  std::cerr << "\n";
   return 0;
 }

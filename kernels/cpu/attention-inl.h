@@ -94,10 +94,11 @@ HWY_INLINE void Scores(const Tile<T>& tile, int slice, const float* query, size_
   }
 }
 
-// e^x for x <= 0, within 2 ulp; 0 below -87, where it would be subnormal. e^x = 2^n·e^r, |r| <= ln 2 / 2; the
-// polynomial is that of expf in the Cephes library (Moshier). hn::Exp takes half as many instructions again.
+// e^x for x <= 80, within 2 ulp; 0 below -87, where it would be subnormal. e^x = 2^n·e^r, |r| <= ln 2 / 2;
+// the polynomial is that of expf in the Cephes library (Moshier). hn::Exp takes half as many instructions
+// again.
 template <class D>
-HWY_INLINE hn::Vec<D> ExpOfNegative(D d, hn::Vec<D> x) {
+HWY_INLINE hn::Vec<D> ExpOfScore(D d, hn::Vec<D> x) {
 #if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_NEON
   const hn::RebindToSigned<D> di;
   const auto n = hn::NearestInt(hn::Mul(x, hn::Set(d, 1.44269504088896341f)));
@@ -117,6 +118,9 @@ HWY_INLINE hn::Vec<D> ExpOfNegative(D d, hn::Vec<D> x) {
 #endif
 }
 
+// The maximum only keeps e^x in range, so it follows the scores no closer than this: most tiles move nothing.
+constexpr float kMaximumSlack = 8.0f;
+
 // Turns one query's scores into weights p (0 for entries that it does not see), moves its maximum and total,
 // and returns the factor that its sum so far shrinks by.
 HWY_INLINE float SoftmaxStep(uint64_t visible, float (&scores)[kTile], float& maximum, float* total) {
@@ -135,9 +139,9 @@ HWY_INLINE float SoftmaxStep(uint64_t visible, float (&scores)[kTile], float& ma
   V largest = hn::Load(d, scores);
   for (int v = 1; v < kVectors; ++v) largest = hn::Max(largest, hn::Load(d, scores + v * kSliceLanes));
   float shrink = 1.0f;
-  if (!hn::AllFalse(d, hn::Gt(largest, hn::Set(d, maximum)))) {
+  if (!hn::AllFalse(d, hn::Gt(largest, hn::Set(d, maximum + kMaximumSlack)))) {
     const float new_maximum = hn::GetLane(hn::MaxOfLanes(d, largest));
-    shrink = std::exp(maximum - new_maximum);
+    shrink = maximum == kMinusInfinity ? 0.0f : std::exp(maximum - new_maximum);
     maximum = new_maximum;
   } else if (maximum == kMinusInfinity) {  // nothing seen yet
     std::fill_n(scores, kTile, 0.0f);
@@ -152,7 +156,7 @@ HWY_INLINE float SoftmaxStep(uint64_t visible, float (&scores)[kTile], float& ma
     ATP_UNROLL for (int v = 0; v < kSliceVectors; ++v) {
       float* at = scores + s + v * kSliceLanes;
       // The bound keeps -inf away from the conversion to an integer.
-      const V p = ExpOfNegative(d, hn::Max(hn::Sub(hn::Load(d, at), shift), hn::Set(d, -200.0f)));
+      const V p = ExpOfScore(d, hn::Max(hn::Sub(hn::Load(d, at), shift), hn::Set(d, -200.0f)));
       hn::Store(p, d, at);
       sums[v] = hn::Add(sums[v], p);
     }

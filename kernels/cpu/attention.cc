@@ -125,6 +125,16 @@ HWY_INLINE void Locate(const TilePlace& place, const T* (&keys)[kTileSlices],
   }
 }
 
+// The cache lines of a slice, all at once.
+template <typename T>
+HWY_INLINE void PrefetchSlice(const T* keys, const T* values, const KvPage& page) {
+  constexpr int kLine = 64 / sizeof(T);
+  const int rows = std::max(1, kLine / page.entries());
+  for (int i = 0; i < page.head_dim(); i += rows)
+    hwy::Prefetch(keys + static_cast<size_t>(i) * static_cast<size_t>(page.entries()));
+  for (int i = 0; i < kSlice * page.head_dim(); i += kLine) hwy::Prefetch(values + i);
+}
+
 // Stored: what lies in the blocks; T: what the arithmetic reads, float where integers are unpacked first.
 template <typename T, typename Stored>
 HWY_INLINE Tile<T> TileAt(const TilePlace& place, const TilePlace& next, const PartScratch& scratch) {
@@ -153,7 +163,12 @@ HWY_INLINE Tile<T> TileAt(const TilePlace& place, const TilePlace& next, const P
   if (std::is_same_v<T, Stored> && next.slices > 0 && next.page->format() == page.format() &&
       next.page->entries() == page.entries()) {
     Locate(next, tile.next_keys, tile.next_values);
-    for (int s = 0; s < next.slices && page.with_log_mass(); ++s) hwy::Prefetch(next.LogMass(s));
+    for (int s = 0; s < next.slices && next.page->with_log_mass(); ++s) hwy::Prefetch(next.LogMass(s));
+    // What there is no work on a slice of this tile beside which to ask for.
+    if constexpr (std::is_same_v<T, Stored>) {
+      for (int s = place.slices; s < next.slices; ++s)
+        PrefetchSlice(tile.next_keys[s], tile.next_values[s], page);
+    }
   } else {
     NextLines(next).PrefetchAll();
   }
@@ -241,21 +256,30 @@ void AttendRun(const EntryRun& run, int begin, int end, const Rows& rows, PartSc
 
 // merged += state, query by query.
 void MergeState(const AttentionState& state, const AttentionState& merged, int queries) {
-  const hn::CappedTag<float, kSlice> d;
-  const size_t lanes = hn::Lanes(d);
-  const auto add = [&](float* to, const float* from, size_t size, float keep, float take) HWY_ATTR {
-    for (size_t i = 0; i < size; i += lanes) {
-      const auto kept = hn::Mul(hn::LoadU(d, to + i), hn::Set(d, keep));
-      hn::StoreU(hn::MulAdd(hn::LoadU(d, from + i), hn::Set(d, take), kept), d, to + i);
+  const SliceTag d;
+  for (int first = 0; first < queries; first += kSlice) {
+    // Of 16 queries at once; maxima have room for whole slices.
+    alignas(64) float keep[kSlice], take[kSlice];
+    for (int v = 0; v < kSlice; v += kSliceLanes) {
+      float* const at = merged.maximum + first + v;
+      const auto floor = hn::Set(d, -200.0f);
+      const auto mine = hn::Load(d, state.maximum + first + v), before = hn::Load(d, at);
+      const auto maximum = hn::Max(mine, before);
+      hn::Store(ExpOfScore(d, hn::Max(hn::Sub(before, maximum), floor)), d, keep + v);
+      hn::Store(ExpOfScore(d, hn::Max(hn::Sub(mine, maximum), floor)), d, take + v);
+      hn::Store(maximum, d, at);
     }
-  };
-  for (int q = 0; q < queries; ++q) {
-    if (state.maximum[q] == kMinusInfinity) continue;
-    const float maximum = std::max(state.maximum[q], merged.maximum[q]);
-    const float keep = std::exp(merged.maximum[q] - maximum), take = std::exp(state.maximum[q] - maximum);
-    add(merged.sum + q * state.dim, state.sum + q * state.dim, state.dim, keep, take);
-    add(merged.total + q * kSlice, state.total + q * kSlice, kSlice, keep, take);
-    merged.maximum[q] = maximum;
+    const auto add = [&](float* to, const float* from, size_t size, int q) HWY_ATTR {
+      const auto kept = hn::Set(d, keep[q]), taken = hn::Set(d, take[q]);
+      for (size_t i = 0; i < size; i += kSliceLanes)
+        hn::Store(hn::MulAdd(hn::Load(d, from + i), taken, hn::Mul(hn::Load(d, to + i), kept)), d, to + i);
+    };
+    for (int q = 0; q < std::min(kSlice, queries - first); ++q) {
+      const size_t at = static_cast<size_t>(first + q);
+      if (state.maximum[at] == kMinusInfinity) continue;
+      add(merged.sum + at * state.dim, state.sum + at * state.dim, state.dim, q);
+      add(merged.total + at * kSlice, state.total + at * kSlice, kSlice, q);
+    }
   }
 }
 
@@ -269,12 +293,15 @@ HWY_INLINE size_t QueryOffset(const AttentionArgs& args, const AttentionPart& pa
 void WriteOut(const AttentionArgs& args, const AttentionPart& part, const AttentionState& merged,
               int queries) {
   const int head_dim = args.pool.exact->head_dim();
+  const SliceTag d;
   for (int q = 0; q < queries; ++q) {
-    float total = 0;
-    for (int i = 0; i < kSlice; ++i) total += merged.total[q * kSlice + i];
-    const float* sum = merged.sum + q * merged.dim;
-    float* out = args.out + QueryOffset(args, part, q);
-    for (int i = 0; i < head_dim; ++i) out[i] = sum[i] / total;
+    auto totals = hn::Load(d, merged.total + q * kSlice);
+    for (int v = kSliceLanes; v < kSlice; v += kSliceLanes)
+      totals = hn::Add(totals, hn::Load(d, merged.total + q * kSlice + v));
+    const float share = 1 / hn::GetLane(hn::SumOfLanes(d, totals));
+    const float* HWY_RESTRICT sum = merged.sum + q * merged.dim;
+    float* HWY_RESTRICT out = args.out + QueryOffset(args, part, q);
+    for (int i = 0; i < head_dim; ++i) out[i] = sum[i] * share;
   }
 }
 

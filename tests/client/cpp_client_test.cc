@@ -71,6 +71,11 @@ TEST_F(CppClientTest, Generates) {
   ASSERT_EQ(answer->choices[1].logprobs.size(), 4u);
   EXPECT_EQ(answer->choices[1].logprobs[3].text, "d");
   EXPECT_EQ(answer->usage.completion_tokens, 8);
+  ASSERT_TRUE(answer->usage.atp.has_value());
+  EXPECT_EQ(answer->usage.atp->preset, "balanced");
+  EXPECT_EQ(answer->usage.atp->bits, 4);
+  EXPECT_EQ(answer->usage.atp->compressed_tokens, 2 * 64);
+  EXPECT_EQ(answer->usage.atp->exact_kv_bytes, 2 * 9000);
   EXPECT_EQ(engine_->last_request().sampling.seed, 5u);
   EXPECT_THAT(engine_->last_request().sampling.stop, ElementsAre("zz"));
 }
@@ -105,6 +110,8 @@ TEST_F(CppClientTest, StreamsChat) {
   ASSERT_TRUE(usage.ok()) << usage.status();
   EXPECT_EQ(text, "abcdefghijklmnopqrstuvwxyzabcd");
   EXPECT_EQ(usage->completion_tokens, 30);
+  ASSERT_TRUE(usage->atp.has_value());
+  EXPECT_EQ(usage->atp->kv_bytes, 5000);
   EXPECT_EQ(engine_->last_request().prompt, *service_->TokenizeChat({{"user", "hello", ""}}));
 }
 

@@ -35,7 +35,8 @@ class Servicer(pb_grpc.InferenceServicer):
         if request.prompt == "full":
             context.set_trailing_metadata((("retry-after-ms", "1500"),))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
-        return pb.GenerateResponse(request_id="id", model="tiny", usage=pb.Usage(prompt_tokens=1, completion_tokens=2),
+        return pb.GenerateResponse(request_id="id", model="tiny", usage=pb.Usage(prompt_tokens=1, completion_tokens=2,
+                                                  atp=pb.CompressionUsage(preset="compact", kv_bytes=7)),
                                    choices=[pb.Choice(text="ab", finish_reason=pb.FINISH_REASON_LENGTH)])
 
     def GenerateStream(self, request, context):
@@ -47,7 +48,9 @@ class Servicer(pb_grpc.InferenceServicer):
         for i in range(count):
             if not context.is_active():
                 return
-            yield pb.GenerateStreamResponse(choice=pb.Choice(text=chr(97 + i % 26)))
+            last = pb.Usage(completion_tokens=count, atp=pb.CompressionUsage(preset="compact", kv_bytes=9))
+            yield pb.GenerateStreamResponse(choice=pb.Choice(text=chr(97 + i % 26)),
+                                            usage=last if i == count - 1 else None)
 
     def Tokenize(self, request, context):
         self._note(request, context)
@@ -81,6 +84,7 @@ class PythonClientTest(unittest.TestCase):
                                       priority=4, request_id="mine", timeout=60)
         self.assertEqual(answer.text, "ab")
         self.assertEqual(answer.usage.completion_tokens, 2)
+        self.assertEqual((answer.atp.preset, answer.atp.kv_bytes), ("compact", 7))
         sent = self.servicer.request
         self.assertEqual((sent.prompt, sent.priority, sent.sampling.max_tokens), ("hi", 4, 2))
         self.assertTrue(sent.sampling.HasField("temperature"))  # zero, but given
@@ -113,7 +117,10 @@ class PythonClientTest(unittest.TestCase):
             self.client.generate("hi", max_new_tokens=3)
 
     def test_stream(self):
-        self.assertEqual("".join(self.client.stream("hi", max_tokens=5).text()), "abcde")
+        stream = self.client.stream("hi", max_tokens=5)
+        self.assertIsNone(stream.usage)
+        self.assertEqual("".join(stream.text()), "abcde")
+        self.assertEqual((stream.usage.completion_tokens, stream.usage.atp.kv_bytes), (5, 9))
 
     def test_leaving_a_stream_cancels_it(self):
         with self.client.stream("hi", max_tokens=1 << 30) as stream:

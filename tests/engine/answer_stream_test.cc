@@ -47,7 +47,7 @@ class AnswerStreamTest : public testing::Test {
       end = stream->Append(std::move(sampled), kNow);
       if (end) break;
     }
-    stream->Finish(end.value_or(FinishReason::kShutdown), "", 0);
+    stream->Finish(end.value_or(FinishReason::kShutdown), "");
     return sink_->WaitOne();
   }
   RecordingSink::Answer Feed(AnswerStream* stream, std::string_view text) {
@@ -198,11 +198,19 @@ TEST_F(AnswerStreamTest, ReportsTheRequestOnceItsLastAnswerEnded) {
   active_->started = kNow + absl::Seconds(1);
   first.Append(sampled, kNow + absl::Seconds(3));
   second.Append(sampled, kNow + absl::Seconds(4));
-  EXPECT_FALSE(second.Finish(FinishReason::kStop, "", 0));
-  EXPECT_TRUE(first.Finish(FinishReason::kCancelled, "", 1));
+  Usage cached;
+  cached.cached_tokens = 1;
+  cached.atp = {"balanced", 0.5, 4, 100, 64, 68, 5000, 9000};
+  Usage other;
+  other.atp = {"balanced", 0.5, 4, 10, 0, 10, 1000, 1000};
+  EXPECT_FALSE(second.Finish(FinishReason::kStop, "", other));
+  EXPECT_TRUE(first.Finish(FinishReason::kCancelled, "", cached));
   const RequestReport report = active_->Report(FinishReason::kCancelled, kNow + absl::Seconds(9));
   EXPECT_EQ(report.usage.prompt_tokens, 1);
   EXPECT_EQ(report.usage.completion_tokens, 2);
+  EXPECT_EQ(report.usage.atp.preset, "balanced");
+  EXPECT_EQ(report.usage.atp.tokens, 110);
+  EXPECT_EQ(report.usage.atp.kv_bytes, 6000);
   EXPECT_EQ(report.usage.cached_tokens, 1);
   EXPECT_EQ(report.queue_time, absl::Seconds(1));
   EXPECT_EQ(report.time_to_first_token, absl::Seconds(3));

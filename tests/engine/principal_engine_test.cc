@@ -83,6 +83,35 @@ TEST_P(PrincipalEngineTest, HistoryIsCompressedIndeed) {
   EXPECT_EQ(engine->Stats().segments_compressed_total, 0u);
 }
 
+// The answer says what was done to its history, by the plan and the allocator's blocks.
+TEST_P(PrincipalEngineTest, AnswersReportTheirCompression) {
+  const Answer& answer = Alone();
+  std::unique_ptr<BatchingEngine> engine = Make(Compressed());
+  const CompressionPlan& plan = *engine->plan();
+  const CompressionUsage& atp = answer.finish.usage.atp;
+  const int tokens = answer.finish.usage.prompt_tokens + kAnswer - 1;  // the last one is never computed
+  const int visible = plan.VisibleSegments(tokens);
+  EXPECT_EQ(atp.preset, "ratio");
+  EXPECT_EQ(atp.ratio, GetParam().ratio);
+  EXPECT_EQ(atp.bits, GetParam().bits == 16 ? BitsOf(Compressed().kv_format) : GetParam().bits);
+  EXPECT_EQ(atp.tokens, tokens);
+  EXPECT_EQ(atp.compressed_tokens, visible * kSegment);
+  int64_t entries = tokens - visible * kSegment;
+  for (int k = plan.StateBegin(visible - 1); k < visible; ++k) entries += plan.GroupEntries(k)[0];
+  EXPECT_EQ(atp.entries, entries);
+  EXPECT_LT(atp.kv_bytes, atp.exact_kv_bytes);
+  const KvCache::Shape& shape = engine->kv_cache().shape();
+  const KvPage page(shape.format, shape.block_tokens, shape.head_dim, false);
+  EXPECT_EQ(atp.exact_kv_bytes,
+            (tokens + 15) / 16 * int64_t{shape.heads_total()} * static_cast<int64_t>(page.bytes()));
+  engine = Make(Options());
+  const CompressionUsage exact = Submit(engine.get(), Question())->WaitOne().finish.usage.atp;
+  EXPECT_EQ(exact.preset, "exact");
+  EXPECT_EQ(exact.entries, exact.tokens);
+  EXPECT_EQ(exact.compressed_tokens, 0);
+  EXPECT_GE(exact.kv_bytes, exact.exact_kv_bytes);  // with the block of the token that was not computed
+}
+
 TEST_P(PrincipalEngineTest, InABatchOfSixteen) {
   const Answer& alone = Alone();
   std::unique_ptr<BatchingEngine> engine = Make(Compressed());

@@ -174,6 +174,7 @@ class FakeEngine final : public Engine {
       finish.index = index;
       finish.reason = reason;
       finish.usage = {static_cast<int>(live.request.prompt.size()), live.generated, index == 0 ? 2 : 4};
+      finish.usage.atp = {"balanced", 0.5, 4, 100, 64, 68, 5000, 9000};
       live.sink->OnFinish(std::move(finish));
     }
     std::unique_lock<std::mutex> lock(mutex_);

@@ -61,6 +61,12 @@ TEST_F(GrpcServerTest, UnaryAnswersWithTextUsageAndRequestId) {
   EXPECT_EQ(response_.usage().prompt_tokens(), 3);  // BOS and two letters
   EXPECT_EQ(response_.usage().completion_tokens(), 5);
   EXPECT_EQ(response_.usage().cached_tokens(), 2);
+  EXPECT_EQ(response_.usage().atp().preset(), "balanced");
+  EXPECT_EQ(response_.usage().atp().ratio(), 0.5);
+  EXPECT_EQ(response_.usage().atp().bits(), 4);
+  EXPECT_EQ(response_.usage().atp().tokens(), 100);
+  EXPECT_EQ(response_.usage().atp().compressed_tokens(), 64);
+  EXPECT_EQ(response_.usage().atp().entries(), 68);
   EXPECT_THAT(
       metrics_.Render(),
       HasSubstr(
@@ -199,6 +205,8 @@ TEST_F(GrpcServerTest, StreamGivesPiecesThenFinishAndUsage) {
   EXPECT_EQ(finished, 2);
   ASSERT_TRUE(has_usage);
   EXPECT_EQ(message.usage().completion_tokens(), 80);
+  EXPECT_EQ(message.usage().atp().kv_bytes(), 2 * 5000);
+  EXPECT_EQ(message.usage().atp().exact_kv_bytes(), 2 * 9000);
   EXPECT_EQ(message.usage().prompt_tokens(), 3);
 }
 

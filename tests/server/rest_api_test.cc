@@ -94,8 +94,23 @@ TEST_F(Api, CompletionEchoesItsPrompt) {
   EXPECT_EQ(body.at("usage").at("prompt_tokens"), 3);
   EXPECT_EQ(body.at("usage").at("completion_tokens"), 5);
   EXPECT_EQ(body.at("usage").at("total_tokens"), 8);
+  EXPECT_FALSE(body.contains("atp")) << "this engine has no cache";
   EXPECT_EQ(server_.Post("/v1/completions", R"({"prompt":"a"})").Json().at("usage").at("completion_tokens"),
             16);
+}
+
+TEST(Compression, WholeAnswersSayWhatWasCompressed) {
+  FakeServer server(RestConfig(), Fake());
+  const json body = server.Post("/v1/completions", R"({"prompt":"x","max_tokens":3})").Json();
+  EXPECT_EQ(body.at("atp"), json::parse(R"({"preset":"balanced","ratio":0.5,"bits":4.0,"tokens":100,
+      "compressed_tokens":64,"entries":68,"kv_bytes":5000,"exact_kv_bytes":9000})"));
+  const json sum =
+      server.Post("/v1/completions", R"({"prompt":[[97],[98],[99]],"n":2,"max_tokens":2})").Json();
+  EXPECT_EQ(sum.at("atp").at("kv_bytes"), 6 * 5000);
+  EXPECT_EQ(sum.at("atp").at("ratio"), 0.5);
+  const json chat =
+      server.Post("/v1/chat/completions", R"({"messages":[{"role":"user","content":"x"}]})").Json();
+  EXPECT_EQ(chat.at("atp").at("preset"), "balanced");
 }
 
 TEST_F(Api, PromptsTimesAnswersHaveConsecutiveIndices) {

@@ -31,6 +31,23 @@ std::string StreamRequest(std::string_view body) {
 }
 constexpr char kEndless[] = R"({"prompt":"x","max_tokens":4000,"stream":true})";
 
+// Without a chunk of usage, the last one that finishes a choice says how history was compressed.
+TEST(Stream, TheLastChunkSaysWhatWasCompressed) {
+  Server server(RestConfig(), Fake());
+  for (const std::string body : {R"({"prompt":"x","max_tokens":5,"stream":true})",
+                                 R"({"prompt":["x","y"],"n":2,"max_tokens":5,"stream":true})"}) {
+    std::vector<std::string> events = server.Post("/v1/completions", body).Events();
+    ASSERT_GT(events.size(), 2u);
+    events.pop_back();  // [DONE]
+    const json last = json::parse(events.back());
+    events.pop_back();
+    EXPECT_EQ(last.at("choices").at(0).at("finish_reason"), "length");
+    EXPECT_FALSE(last.contains("usage"));
+    EXPECT_EQ(last.at("atp").at("compressed_tokens"), body.find("\"n\"") == std::string::npos ? 64 : 4 * 64);
+    for (const std::string& event : events) EXPECT_FALSE(json::parse(event).contains("atp"));
+  }
+}
+
 TEST(Stream, ChatHasRoleContentFinishUsageAndDone) {
   Server server(RestConfig(), Fake());
   const HttpAnswer answer = server.Post(
@@ -47,12 +64,15 @@ TEST(Stream, ChatHasRoleContentFinishUsageAndDone) {
   EXPECT_EQ(usage.at("choices"), json::array());
   EXPECT_EQ(usage.at("usage").at("completion_tokens"), 10);
   EXPECT_EQ(usage.at("usage").at("prompt_tokens_details").at("cached_tokens"), 2);
+  EXPECT_EQ(usage.at("atp").at("preset"), "balanced");
+  EXPECT_EQ(usage.at("atp").at("kv_bytes"), 2 * 5000);
   events.pop_back();
   std::map<int, std::string> texts;
   std::map<int, std::string> stages;
   for (const std::string& event : events) {
     const json chunk = json::parse(event);
     EXPECT_TRUE(chunk.at("usage").is_null());
+    EXPECT_FALSE(chunk.contains("atp"));
     EXPECT_EQ(chunk.at("id"), usage.at("id"));
     const json& choice = chunk.at("choices").at(0);
     const json& delta = choice.at("delta");

@@ -51,19 +51,29 @@ class Generation:
         """Text of the first choice."""
         return self.choices[0].text
 
+    @property
+    def atp(self) -> Optional["pb.CompressionUsage"]:
+        """How its history was compressed, and the bytes of its KV cache."""
+        return self.usage.atp if self.usage.HasField("atp") else None
+
 
 class Stream:
     """An answer piece by piece: iterate over it for GenerateStreamResponse messages.
 
     `cancel()` ends the call from any thread, and so does leaving a `with` block: the server frees what it held.
+    `usage` is None until the last message has come.
     """
 
     def __init__(self, call):
         self._call = call
+        self.usage: Optional["pb.Usage"] = None
 
     def __iter__(self) -> Iterator["pb.GenerateStreamResponse"]:
         try:
-            yield from self._call
+            for message in self._call:
+                if message.HasField("usage"):
+                    self.usage = message.usage
+                yield message
         except grpc.RpcError as error:
             raise AtpError(error) from None
 

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Makes everything again that depends on the weights of models/default, after a new model was put there.
+
+  regenerate.py --atp build/cpu-release/atp --train BOOKS.txt.xz --valid VALID.txt [--root COPY] [--only STEP,…]
+
+In this order:
+  budgets   models/default/atp_budgets.json, by `atp calibrate` on a sample of the training books
+  golden    tests/golden/default and tests/golden/principal_fit by their own scripts, and the cross-entropy of eval_ids.npy
+            that tests/cli/eval_test.py expects (all from numpy, not from the engine)
+  tables    the tables behind `<!-- regenerate: NAME -->` in README.md and docs/principal_keys.md
+  plot      docs/quality.svg (needs matplotlib)
+
+Then run the tests, and read the sentences around the tables: they name numbers, too. --root: a copy of the repository to
+write into, instead of this one. A quarter of an hour of two cores, most of it the budgets. Needs numpy.
+"""
+import argparse
+import json
+import lzma
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+STEPS = ("budgets", "golden", "tables", "plot")
+PLACES, CHARACTERS, CALIBRATION_SEQUENCES = 64, 2600, 8
+SCHEDULE = ["--from", "256", "--segment", "128", "--window", "128"]
+
+
+class Regeneration:
+    def __init__(self, args):
+        self.args = args
+        self.model = args.root / "models" / "default"
+        self.budgets = self.model / "atp_budgets.json"
+        self.ids = self.model / "eval_ids.npy"
+
+    def atp(self, command, *args):
+        line = [str(self.args.atp), command, "--model", str(self.model), *map(str, args)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"failed: {' '.join(line)}")
+        return done.stdout
+
+    def eval(self, *args, ids=True):
+        data = ["--ids", self.ids] if ids else ["--text", self.args.valid, "--limit", 32]
+        return json.loads(self.atp("eval", *data, *SCHEDULE, *args, "--json"))["rows"]
+
+    # --- the steps ---
+
+    def make_budgets(self):
+        opener = lzma.open if self.args.train.suffix == ".xz" else open
+        with opener(self.args.train, "rt", encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        parts = [text[len(text) * i // PLACES:][:CHARACTERS] for i in range(PLACES)]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as sample:
+            sample.write("<|endoftext|>".join(parts))
+            sample.flush()
+            print(self.atp("calibrate", "--text", sample.name, "--segment", 128, "--window", 128, "--bytes", 0.125,
+                           "--limit", CALIBRATION_SEQUENCES, "--out", self.budgets))
+
+    def make_golden(self):
+        golden = self.args.root / "tests" / "golden"
+        for script in ("generate_golden.py", "generate_principal_fit.py"):
+            subprocess.run([sys.executable, golden / script], check=True)
+        exact = subprocess.run([sys.executable, golden / "generate_golden.py", "--cross-entropy", self.model],
+                               check=True, stdout=subprocess.PIPE, text=True).stdout
+        (golden / "default" / "cross_entropy.txt").write_text(exact)
+
+    def make_tables(self):
+        tables = {}
+        uniform = self.eval("--ratio", "0.5,0.25,0.125", "--baseline", "none,recent,attention,unfitted")
+        shared = self.eval("--ratio", "0.5,0.25,0.125", "--budgets", self.budgets)
+        spent = self.eval("--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625")
+        exact = cell(self.eval("--ratio", "1")[0], "cross_entropy")
+        by_method = {name: [r for r in uniform if r["method"] == name]
+                     for name in ("atp", "unfitted", "attention", "recent")}
+        shared, spent = ([r for r in rows if r["method"] == "atp"] for rows in (shared, spent))
+        ratios = ["1/2", "1/4", "1/8"]
+        tables["entries"] = [["entries kept, all heads alike"] + ratios, row("KL", by_method["atp"], "kl"),
+                             row("agreement", by_method["atp"], "agreement"),
+                             row(f"cross-entropy (exact {exact})", by_method["atp"], "cross_entropy")]
+        tables["bytes"] = [["share of bf16 bytes", "1/4", "1/8", "1/16"], row("KL", spent, "kl"),
+                           row("agreement", spent, "agreement"), row("cross-entropy", spent, "cross_entropy")]
+        tables["methods"] = [["method"] + ratios, row("principal keys, budgets", shared, "kl"),
+                             row("principal keys, uniform", by_method["atp"], "kl"),
+                             row("principal keys without fits (`unfitted`)", by_method["unfitted"], "kl"),
+                             row("most attended entries (`attention`)", by_method["attention"], "kl"),
+                             row("newest entries and sinks (`recent`)", by_method["recent"], "kl"),
+                             row(f"cross-entropy, uniform (exact {exact})", by_method["atp"], "cross_entropy")]
+        held_out = {name: [r for r in self.eval(*flags, ids=False) if r["method"] == "atp"]
+                    for name, flags in (("uniform", ["--ratio", "0.5,0.25,0.125"]),
+                                        ("budgets", ["--ratio", "0.5,0.25,0.125", "--budgets", self.budgets]),
+                                        ("spent", ["--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625"]))}
+        tables["held-out"] = [["method"] + ratios, row("budgets", held_out["budgets"], "kl"),
+                              row("uniform", held_out["uniform"], "kl")]
+        tables["spent"] = [["share of bf16 bytes: given, taken"] +
+                           [f"{given}, {r['bf16_bytes_ratio']:.3f}" for given, r in zip(("1/4", "1/8", "1/16"), spent)],
+                           row("`eval_ids.npy`", spent, "kl"), row("32 held-out sequences", held_out["spent"], "kl"),
+                           ["mean entries, mean bits"] + [f"{r['ratio']:.2f}, {r['bits']:.1f}" for r in spent]]
+        for file in (self.args.root / "README.md", self.args.root / "docs" / "principal_keys.md"):
+            file.write_text(with_tables(file.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+    def make_plot(self):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = [["--ratio", "0.5,0.25,0.125", "--bits", "16,4"],
+                    ["--ratio", "0.5,0.25,0.125", "--baseline", "recent,attention,unfitted"],
+                    ["--budgets", self.budgets, "--bytes", "0.5,0.25,0.1875,0.125,0.09,0.0625"]]
+            files = []
+            for i, flags in enumerate(runs):
+                files.append(pathlib.Path(folder) / f"{i}.json")
+                files[-1].write_text(json.dumps({"rows": self.eval(*flags)}))
+            docs = self.args.root / "docs"
+            subprocess.run([sys.executable, docs / "plot_quality.py", docs / "quality.svg", *files], check=True)
+
+
+def cell(result, key):
+    value = result[key]
+    if key == "kl":
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.3f}" if key == "agreement" else f"{value:.4f}"
+
+
+def row(name, results, key):
+    return [name] + [cell(r, key) for r in results]
+
+
+def with_tables(text, tables):
+    """Replaces the table behind each mark; a mark without a table of that name is an error."""
+
+    def table(found):
+        head, *rest = tables[found.group(2)]
+        lines = ["| " + " | ".join(line) + " |\n" for line in (head, *rest)]
+        return found.group(1) + lines[0] + "|---" * len(head) + "|\n" + "".join(lines[1:])
+
+    return re.sub(r"(<!-- regenerate: ([a-z-]+) -->\n)(?:\|.*\n)+", table, text)
+
+
+def main():
+    here = pathlib.Path(__file__).resolve().parent.parent.parent
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--atp", required=True, type=pathlib.Path)
+    parser.add_argument("--train", required=True, type=pathlib.Path)
+    parser.add_argument("--valid", required=True, type=pathlib.Path)
+    parser.add_argument("--root", type=pathlib.Path, default=here)
+    parser.add_argument("--only", default=",".join(STEPS), help=f"of {', '.join(STEPS)} (default: all)")
+    args = parser.parse_args()
+    args.atp, args.root = args.atp.resolve(), args.root.resolve()
+    steps = args.only.split(",")
+    if unknown := sorted(set(steps) - set(STEPS)):
+        parser.error(f"--only: no step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    regeneration = Regeneration(args)
+    for step in STEPS:
+        if step in steps:
+            print(f"== {step}", flush=True)
+            getattr(regeneration, f"make_{step}")()
+
+
+if __name__ == "__main__":
+    main()
