@@ -14,7 +14,7 @@ constexpr int kFewRows = 2;
 constexpr int64_t kSliceBlocks = 24;
 static_assert(kSliceBlocks % kRowGroupBlocks == 0);
 // How far ahead a single tile asks for weights: about memory's latency times a core's share of its bandwidth.
-constexpr int64_t kPrefetchBlocks = 32;
+constexpr int64_t kPrefetchBytes = 4096;
 
 // Four products per lane of a unit of weights (0..255) and a row's four elements.
 #if ATP_DOT8
@@ -105,6 +105,7 @@ template <DType kType>
 struct PackedLoader {
   static constexpr bool kHalves = kType == DType::kQ6_K;  // a scale for each 16
   static constexpr bool kMins = kType == DType::kQ4_K || kType == DType::kQ5_K;
+  static constexpr int kBlockBytes = kType == DType::kQ8_0 ? 512 : 256;  // of quants
 
   PackedLoader() = default;
   PackedLoader(const PanelLayout& layout, const void* matrix, int64_t index) {
@@ -154,8 +155,7 @@ struct PackedLoader {
 
   // The bytes of block b of this panel, or, where that is past its end, of what follows it.
   HWY_INLINE void Prefetch(int64_t b) const {
-    constexpr int kBytes = kType == DType::kQ8_0 ? 512 : 256;
-    for (int i = 0; i < kBytes; i += 64) hwy::Prefetch(quants + b * kBytes + i);
+    for (int i = 0; i < kBlockBytes; i += 64) hwy::Prefetch(quants + b * kBlockBytes + i);
     if (kType == DType::kQ5_K) hwy::Prefetch(high + b * 64);
     if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128);
     if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128 + 64);
@@ -322,21 +322,20 @@ HWY_INLINE void SumBlocks(const L (&loaders)[P], const uint32_t* HWY_RESTRICT wo
                           float (&sums)[R][P * kPanelOuts]) {
   constexpr int V = P * kPanelVectors;
   const DF d;
-  VF acc[R][V], total[R][V];
-  ATP_UNROLL for (int r = 0; r < R; ++r) {
-    ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = total[r][v] = hn::Zero(d);
-  }
-  for (int64_t b = begin; b < end; ++b) {
-    ahead.Fetch(b - begin, end - begin);
-    const uint32_t* const here = about + b * kRowWords * R;
-    AddBlock<R, P>(loaders, b, words + b * 8 * kDotWords * R, here, acc);
-    if ((b + 1) % kRowGroupBlocks != 0 && b + 1 != end) continue;
-    const float* const scale = reinterpret_cast<const float*>(here + kRowScale * R);
+  VF total[R][V];
+  ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) total[r][v] = hn::Zero(d); }
+  for (int64_t group = begin; group < end; group += kRowGroupBlocks) {
+    const int64_t group_end = std::min(group + kRowGroupBlocks, end);
+    VF acc[R][V];
+    ATP_UNROLL for (int r = 0; r < R; ++r) { ATP_UNROLL for (int v = 0; v < V; ++v) acc[r][v] = hn::Zero(d); }
+    for (int64_t b = group; b < group_end; ++b) {
+      ahead.Fetch(b - begin, end - begin);
+      AddBlock<R, P>(loaders, b, words + b * 8 * kDotWords * R, about + b * kRowWords * R, acc);
+    }
+    const float* const scale = reinterpret_cast<const float*>(about + (group * kRowWords + kRowScale) * R);
     ATP_UNROLL for (int r = 0; r < R; ++r) {
-      ATP_UNROLL for (int v = 0; v < V; ++v) {
-        total[r][v] = hn::MulAdd(acc[r][v], hn::Set(d, scale[r]), total[r][v]);
-        acc[r][v] = hn::Zero(d);
-      }
+      const VF row_scale = hn::Set(d, scale[r]);
+      ATP_UNROLL for (int v = 0; v < V; ++v) total[r][v] = hn::MulAdd(acc[r][v], row_scale, total[r][v]);
     }
   }
   ATP_UNROLL for (int r = 0; r < R; ++r) {
@@ -374,7 +373,7 @@ void MultiplyFew(const MatMulArgs& args, const PackedRows& rows, const MatMulPar
     const L loaders[1] = {L(layout, args.weight.data, panel)};
     for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
       const int64_t end = std::min(b + kSliceBlocks, blocks);
-      const Streaming<kType> ahead{loaders[0], b + kPrefetchBlocks};
+      const Streaming<kType> ahead{loaders[0], b + kPrefetchBytes / L::kBlockBytes};
       WithRows<kFewRows>(part.row_end - part.row_begin,
                          TileProduct<1, L, Streaming<kType>>{
                              args, rows, loaders, ahead, {part.row_begin, panel, b == 0}, b, end});
