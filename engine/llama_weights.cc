@@ -165,27 +165,19 @@ absl::Status CheckPlan(const WeightSource& source, const Backend& backend, const
   return absl::OkStatus();
 }
 
-// Reads the tensor from disk now, so that the first request does not: tells the kernel what comes, then
-// touches a byte of every page, a stretch at a time for the sake of progress.
-template <typename Report>
-void FaultIn(std::span<const std::byte> data, const Report& report) {
-  constexpr size_t kStretchBytes = 16 << 20;
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t into_page = reinterpret_cast<uintptr_t>(data.data()) % page;
+// Tells the kernel that the tensor is read next, so that the disk works while the one before is converted.
+void ReadAhead(std::span<const std::byte> data) {
+  const size_t into_page =
+      reinterpret_cast<uintptr_t>(data.data()) % static_cast<size_t>(sysconf(_SC_PAGESIZE));
   madvise(const_cast<std::byte*>(data.data()) - into_page, data.size() + into_page, MADV_WILLNEED);
-  for (size_t begin = 0; begin < data.size(); begin += kStretchBytes) {
-    const size_t end = std::min(begin + kStretchBytes, data.size());
-    bool present = false;
-#ifdef MADV_POPULATE_READ
-    // One call where the kernel knows it (5.14), instead of a fault for every few pages.
-    const size_t before = (into_page + begin) % page;
-    present = madvise(const_cast<std::byte*>(data.data()) + begin - before, end - begin + before,
-                      MADV_POPULATE_READ) == 0;
-#endif
-    for (size_t i = begin; i < end && !present; i += page) {
-      [[maybe_unused]] const volatile std::byte touched = data[i];
-    }
-    report(end - begin);
+}
+
+// Reads a tensor that stays in the mapping now, so that the first request does not: touches a byte of every
+// page.
+void FaultIn(std::span<const std::byte> data) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (size_t i = 0; i < data.size(); i += page) {
+    [[maybe_unused]] const volatile std::byte touched = data[i];
   }
 }
 
@@ -250,7 +242,11 @@ absl::StatusOr<Weight> LoadItem(const Item& item, bool interleaved, std::optiona
   if (!weight.ok()) return weight;
   const bool uses_mapping = weight->memory.data() == nullptr && reordered.data() == nullptr;
   if (weight->memory.data() == nullptr) weight->memory = std::move(reordered);  // what the view points into
-  if (!uses_mapping) DropPages(item.tensor.data);
+  if (uses_mapping) {
+    FaultIn(item.tensor.data);
+  } else {
+    DropPages(item.tensor.data);
+  }
   return weight;
 }
 
@@ -297,12 +293,9 @@ absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model, const Ll
   for (const Item& item : plan.items) total += item.tensor.data.size();
 
   const bool interleaved = weights.source->is_gguf() && HasInterleavedRows(config);
-  const auto report = [&](size_t bytes) {
-    done += bytes;
-    if (progress) progress(done, total);
-  };
-  for (const Item& item : plan.items) {
-    FaultIn(item.tensor.data, report);
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    const Item& item = plan.items[i];
+    if (i + 1 < plan.items.size()) ReadAhead(plan.items[i + 1].tensor.data);
     absl::StatusOr<Weight> weight = LoadItem(item, interleaved, wanted, backend);
     if (!weight.ok()) {
       return absl::Status(weight.status().code(),
@@ -311,6 +304,8 @@ absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model, const Ll
     const TensorView& view = weight->view;
     weights.bytes += static_cast<size_t>(view.rows) * RowBytes(view.dtype, view.cols);
     *item.destination = *std::move(weight);
+    done += item.tensor.data.size();
+    if (progress) progress(done, total);
   }
   weights.dtype = weights.layers.front().gate.view.dtype;
   weights.lm_head = config.tied_embeddings ? weights.embedding.view : weights.lm_head_memory.view;

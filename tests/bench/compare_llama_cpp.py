@@ -4,7 +4,8 @@
     compare_llama_cpp.py --atp build/cpu-release/atp --llama-bin LLAMA_CPP/build/bin --models DIR --json FILE
 
 DIR is what `random_model.py random SHAPE DIR` wrote. The quantised files that are missing in it are made first, by
-llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 and Q8_0 are the same bytes. Rows, each a pair of numbers and their ratio (above 1: atp is better):
+llama-quantize (Q8_0, Q4_0, Q4_K) and atp quantize (q4), all matrices alike; q8 and Q8_0 are the same bytes. Rows, each a
+pair of numbers and their ratio (above 1: atp is better):
 
     decode        tokens/s of one sequence behind a short prompt
     prefill       tokens/s of prompts of 512 and 2048 tokens
@@ -62,14 +63,16 @@ def version_of(llama):
 
 
 def make_missing(args):
-    for name, kind in QUANTISED.items():
+    needed = {file for pair in args.pairs for file in PAIRS[pair]}
+    for name in sorted(needed):
         path = args.models / name
-        if not path.exists():
-            output_of([args.llama_bin / "llama-quantize", "--pure", args.models / "model-bf16.gguf", path, kind,
-                       args.threads])
-    if not (args.models / "model-q4.gguf").exists():
-        output_of([args.atp, "quantize", args.models / "model-bf16.gguf", args.models / "model-q4.gguf",
-                   "--weight-dtype", "q4"])
+        if path.exists():
+            continue
+        if name in QUANTISED:
+            output_of([args.llama_bin / "llama-quantize", "--pure", args.models / "model-bf16.gguf", path,
+                       QUANTISED[name], args.threads])
+        elif name == "model-q4.gguf":
+            output_of([args.atp, "quantize", args.models / "model-bf16.gguf", path, "--weight-dtype", "q4"])
 
 
 # --- one process, one number ------------------------------------------------------------------------------------------
