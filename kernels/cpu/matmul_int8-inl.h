@@ -156,6 +156,9 @@ struct PackedLoader {
   // The bytes of block b of this panel, or, where that is past its end, of what follows it.
   HWY_INLINE void Prefetch(int64_t b) const {
     for (int i = 0; i < kBlockBytes; i += 64) hwy::Prefetch(quants + b * kBlockBytes + i);
+    PrefetchRest(b);
+  }
+  HWY_INLINE void PrefetchRest(int64_t b) const {
     if (kType == DType::kQ5_K) hwy::Prefetch(high + b * 64);
     if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128);
     if (kType == DType::kQ6_K) hwy::Prefetch(high + b * 128 + 64);
@@ -245,10 +248,28 @@ struct Ahead {
   int64_t begin, end;
 };
 
-// The same where there is one tile: a block for each of its own, a fixed distance ahead.
+// Where there is one tile: each load of weights asks for those a fixed distance ahead, one line at a time.
+template <DType kType>
+struct StreamingLoader {
+  static constexpr bool kHalves = PackedLoader<kType>::kHalves;
+  static constexpr bool kMins = PackedLoader<kType>::kMins;
+  static constexpr int kBlockBytes = PackedLoader<kType>::kBlockBytes;
+
+  HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
+    if (v == 0 && j < kBlockBytes / 64)
+      hwy::Prefetch(from.quants + b * kBlockBytes + j * 64 + kPrefetchBytes);
+    return from.Bytes(b, j, v);
+  }
+  HWY_INLINE VF Scale(int64_t b, int half, int v) const { return from.Scale(b, half, v); }
+  HWY_INLINE VF Min(int64_t b, int v) const { return from.Min(b, v); }
+
+  PackedLoader<kType> from;
+};
+
+// What is not a block's quants, a fixed distance ahead.
 template <DType kType>
 struct Streaming {
-  HWY_INLINE void Fetch(int64_t step, int64_t /*steps*/) const { loader.Prefetch(begin + step); }
+  HWY_INLINE void Fetch(int64_t step, int64_t /*steps*/) const { loader.PrefetchRest(begin + step); }
 
   const PackedLoader<kType>& loader;
   int64_t begin;
@@ -368,12 +389,12 @@ void MultiplyFew(const MatMulArgs& args, const PackedRows& rows, const MatMulPar
   const PanelLayout layout(kType, args.weight.cols);
   const int64_t blocks = args.weight.cols / kQuantBlock;
   const int64_t panel_end = std::min(part.panel_end, (args.weight.rows + kPanelOuts - 1) / kPanelOuts);
-  using L = PackedLoader<kType>;
+  using L = StreamingLoader<kType>;
   for (int64_t panel = part.panel_begin; panel < panel_end; ++panel) {
-    const L loaders[1] = {L(layout, args.weight.data, panel)};
+    const L loaders[1] = {{PackedLoader<kType>(layout, args.weight.data, panel)}};
     for (int64_t b = 0; b < blocks; b += kSliceBlocks) {
       const int64_t end = std::min(b + kSliceBlocks, blocks);
-      const Streaming<kType> ahead{loaders[0], b + kPrefetchBytes / L::kBlockBytes};
+      const Streaming<kType> ahead{loaders[0].from, b + kPrefetchBytes / L::kBlockBytes};
       WithRows<kFewRows>(part.row_end - part.row_begin,
                          TileProduct<1, L, Streaming<kType>>{
                              args, rows, loaders, ahead, {part.row_begin, panel, b == 0}, b, end});
