@@ -84,20 +84,16 @@ HWY_INLINE VF LoadIntegers(const uint8_t* p) {
   return hn::ConvertTo(DF(), hn::PromoteTo(DI(), hn::LoadU(d8, reinterpret_cast<const T*>(p))));
 }
 
-// The levels of 4-bit weights, plus 128.
-struct Tables {
-  alignas(16) uint8_t linear[16];
-  alignas(16) uint8_t fitted[16];
+// The levels of q4, plus 128.
+struct Q4Table {
+  alignas(16) uint8_t levels[16];
 };
-constexpr Tables MakeTables() {
-  Tables tables{};
-  for (int i = 0; i < 16; ++i) {
-    tables.linear[i] = static_cast<uint8_t>(i - 8 + 128);
-    tables.fitted[i] = static_cast<uint8_t>(kQ4Levels[i] + 128);
-  }
-  return tables;
+constexpr Q4Table MakeQ4Table() {
+  Q4Table table{};
+  for (int i = 0; i < 16; ++i) table.levels[i] = static_cast<uint8_t>(kQ4Levels[i] + 128);
+  return table;
 }
-inline constexpr Tables kTables = MakeTables();
+inline constexpr Q4Table kQ4Table = MakeQ4Table();
 
 // A loader gives a panel's weights block by block: Bytes(b, j, v) is vector v of unit j as integers from 0
 // on, Scale(b, half, v) and Min(b, v) what they are multiplied by and what is then taken away.
@@ -106,6 +102,7 @@ struct PackedLoader {
   static constexpr bool kHalves = kType == DType::kQ6_K;  // a scale for each 16
   static constexpr bool kMins = kType == DType::kQ4_K || kType == DType::kQ5_K;
   static constexpr int kBlockBytes = kType == DType::kQ8_0 ? 512 : 256;  // of quants
+  static constexpr int kOffsetShift = kType == DType::kQ4_0 ? 4 : 0;     // its zero is 8, others' is 128
 
   PackedLoader() = default;
   PackedLoader(const PanelLayout& layout, const void* matrix, int64_t index) {
@@ -122,8 +119,7 @@ struct PackedLoader {
     if constexpr (kType == DType::kQ8_0) return LoadBytes(quants + b * 512 + j * 64 + at);
     const VU packed = LoadBytes(quants + b * 256 + j % 4 * 64 + at);
     const VU low = hn::And(j < 4 ? packed : hn::ShiftRight<4>(packed), hn::Set(d, 0x0f0f0f0fu));
-    if constexpr (kType == DType::kQ4_0) return Lookup(kTables.linear, low);
-    if constexpr (kType == DType::kQ4) return Lookup(kTables.fitted, low);
+    if constexpr (kType == DType::kQ4) return Lookup(kQ4Table.levels, low);
     if constexpr (kType == DType::kQ5_K) {
       const VU bits = LoadBytes(high + b * 64 + at);
       return hn::Or(low, Shifted(bits, j - 4, 0x10101010u));
@@ -183,6 +179,7 @@ template <DType kType>
 struct UnpackingLoader {
   static constexpr bool kHalves = PackedLoader<kType>::kHalves;
   static constexpr bool kMins = PackedLoader<kType>::kMins;
+  static constexpr int kOffsetShift = PackedLoader<kType>::kOffsetShift;
   static constexpr bool kCopies = kType != DType::kQ8_0;
 
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
@@ -212,10 +209,11 @@ struct UnpackingLoader {
 };
 
 // What an UnpackingLoader left.
-template <bool kHalves_, bool kMins_>
+template <DType kType>
 struct UnpackedLoader {
-  static constexpr bool kHalves = kHalves_;
-  static constexpr bool kMins = kMins_;
+  static constexpr bool kHalves = PackedLoader<kType>::kHalves;
+  static constexpr bool kMins = PackedLoader<kType>::kMins;
+  static constexpr int kOffsetShift = PackedLoader<kType>::kOffsetShift;
 
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
     return LoadBytes(bytes + (b - first) * 512 + j * 64 + v * kLanes * 4);
@@ -253,6 +251,7 @@ template <DType kType>
 struct StreamingLoader {
   static constexpr bool kHalves = PackedLoader<kType>::kHalves;
   static constexpr bool kMins = PackedLoader<kType>::kMins;
+  static constexpr int kOffsetShift = PackedLoader<kType>::kOffsetShift;
   static constexpr int kBlockBytes = PackedLoader<kType>::kBlockBytes;
 
   HWY_INLINE VU Bytes(int64_t b, int j, int v) const {
@@ -306,7 +305,7 @@ HWY_INLINE void AddBlock(const L (&loaders)[P], int64_t b, const uint32_t* HWY_R
     ATP_UNROLL for (int r = 0; r < R; ++r) {
       const VI start = L::kMins     ? hn::Zero(di)
                        : L::kHalves ? hn::Set(di, half_offset[half * R + r])
-                                    : hn::Set(di, offset[r]);
+                                    : hn::ShiftRight<L::kOffsetShift>(hn::Set(di, offset[r]));
       ATP_UNROLL for (int v = 0; v < V; ++v) dot[r][v] = start;
     }
     if constexpr (L::kHalves) {
@@ -409,7 +408,7 @@ struct Slices {
   static constexpr int P = kTilePanels;
   using Packed = PackedLoader<kType>;
   using Unpacking = UnpackingLoader<kType>;
-  using Unpacked = UnpackedLoader<Packed::kHalves, Packed::kMins>;
+  using Unpacked = UnpackedLoader<kType>;
 
   void Run(int64_t panel, int64_t begin, int64_t end, const Ahead<P, kType>& next) const {
     Packed packed[P];
