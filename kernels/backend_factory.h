@@ -18,7 +18,7 @@ struct BackendOptions {
   std::string cpu_isa = "auto";  // "auto", or one of CpuIsaNames()
   // What products with bf16 weights round x to. kF32: not at all, so results are as exact as fp32 sums are.
   // kBF16: to bf16, several times as fast where the processor has the instruction (elsewhere as kF32).
-  // Block-quantised weights always meet x in int8, with a scale per 32 elements.
+  // Block-quantised weights always meet x in int8, with a scale per 256 elements.
   DType activation_dtype = DType::kF32;
 };
 
