@@ -144,7 +144,8 @@ std::vector<Setting> MakeTable() {
        .max = 1 << 16},
       {.key = "atp.max_principal_keys",
        .member = ATP_MEMBER(int, atp.max_principal_keys),
-       .meaning = "principal entries per kv head that a history stays around, a quarter more at most, so that a sequence's cache is bounded; 0: no cap",
+       .meaning = "principal entries per kv head that a history stays around, a quarter more at most, so "
+                  "that a sequence's cache is bounded; 0: no cap",
        .max = 1 << 24},
       {.key = "atp.budgets",
        .member = ATP_MEMBER(String, atp.budgets),
