@@ -24,18 +24,7 @@ TEST_F(BatchInvarianceTest, InABatchOfSixteen) {
   EXPECT_EQ(alone.tokens.size(), 40u);
   EXPECT_EQ(alone.logprobs.size(), 40u);
   std::unique_ptr<BatchingEngine> engine = Make(Options());
-  std::vector<std::shared_ptr<RecordingSink>> others;
-  std::shared_ptr<RecordingSink> sink;
-  for (int i = 0; i < 16; ++i) {
-    if (i == 9) {
-      sink = Submit(engine.get(), Sampled(kStory, 40, 7));
-    } else {
-      const std::string prompt(static_cast<size_t>(10 + 37 * i), static_cast<char>('a' + i));
-      others.push_back(Submit(engine.get(), Sampled(prompt, 5 + 4 * i, 100 + i)));
-    }
-  }
-  ExpectSame(alone, sink->WaitOne());
-  for (auto& other : others) other->Wait();
+  ExpectSame(alone, AmongSixteen(engine.get(), Sampled(kStory, 40, 7)));
   ExpectNothingLeft(engine.get());
 }
 
@@ -50,19 +39,7 @@ TEST_F(BatchInvarianceTest, AfterPreemption) {
 }
 
 TEST_F(BatchInvarianceTest, AfterAHigherClassTookItsPlace) {
-  const Answer alone = Alone(300);
-  BatchingEngineOptions options = Options();
-  options.prefix_cache = false;
-  options.max_running_sequences = 1;
-  std::unique_ptr<BatchingEngine> engine = Make(options);
-  auto low = Submit(engine.get(), Sampled(kStory, 300, 7));
-  low->WaitForDeltas(5);
-  Request urgent = Sampled("Help", 3, 1);
-  urgent.priority = 1;
-  Submit(engine.get(), urgent)->Wait();
-  ExpectSame(alone, low->WaitOne());
-  EXPECT_EQ(engine->Stats().preemptions_total, 1u);
-  ExpectNothingLeft(engine.get());
+  ExpectSameAfterAHigherClass(Alone(300), Options(), Sampled(kStory, 300, 7));
 }
 
 TEST_F(BatchInvarianceTest, AfterRunningOutOfBlocks) {

@@ -62,6 +62,24 @@ class FailingBackend : public Backend {
   std::unique_ptr<Backend> backend_;
 };
 
+inline bool SameBits(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+inline void ExpectSame(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.tokens, actual.tokens);
+  EXPECT_EQ(expected.text, actual.text);
+  ASSERT_EQ(expected.logprobs.size(), actual.logprobs.size());
+  for (size_t i = 0; i < expected.logprobs.size(); ++i) {
+    const TokenLogprob& e = expected.logprobs[i];
+    const TokenLogprob& a = actual.logprobs[i];
+    ASSERT_TRUE(SameBits(e.logprob, a.logprob)) << "token " << i << ": " << e.logprob << " and " << a.logprob;
+    ASSERT_EQ(e.top.size(), a.top.size());
+    for (size_t k = 0; k < e.top.size(); ++k) {
+      ASSERT_EQ(e.top[k].first, a.top[k].first);
+      ASSERT_TRUE(SameBits(e.top[k].second, a.top[k].second));
+    }
+  }
+}
+
 class BatchingEngineTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
@@ -145,15 +163,22 @@ class BatchingEngineTest : public testing::Test {
     for (auto& other : others) other->Wait();
     return answer;
   }
-  // The answer to `request` when a higher class takes its place after 45 tokens. The engine runs one request
-  // at a time.
-  static Answer AfterAHigherClass(Engine* engine, const Request& request) {
-    auto low = Submit(engine, request);
-    low->WaitForDeltas(45);  // in mid-segment, where there are segments
-    Request urgent = Sampled("Help", 3, 1);
-    urgent.priority = 1;
-    Submit(engine, urgent)->WaitOne();
-    return low->WaitOne();
+  // A higher class takes the place of `request` after 45 tokens, and its answer stays the same.
+  static void ExpectSameAfterAHigherClass(const Answer& alone, BatchingEngineOptions options,
+                                          const Request& request) {
+    options.max_running_sequences = 1;
+    for (const bool prefix_cache : {false, true}) {
+      options.prefix_cache = prefix_cache;
+      const std::unique_ptr<BatchingEngine> engine = Make(options);
+      const std::shared_ptr<RecordingSink> low = Submit(engine.get(), request);
+      low->WaitForDeltas(45);  // in mid-segment, where there are segments
+      Request urgent = Sampled("Help", 3, 1);
+      urgent.priority = 1;
+      Submit(engine.get(), urgent)->WaitOne();
+      ExpectSame(alone, low->WaitOne());
+      EXPECT_EQ(engine->Stats().preemptions_total, 1u);
+      ExpectNothingLeft(engine.get());
+    }
   }
   static void ExpectNothingLeft(Engine* engine) {
     EXPECT_EQ(engine->Drain(absl::InfiniteDuration()), absl::OkStatus());
@@ -167,24 +192,6 @@ class BatchingEngineTest : public testing::Test {
   static inline LlamaModel* model_ = nullptr;
   static inline Tokenizer* tokenizer_ = nullptr;
 };
-
-inline bool SameBits(float a, float b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
-
-inline void ExpectSame(const Answer& expected, const Answer& actual) {
-  ASSERT_EQ(expected.tokens, actual.tokens);
-  EXPECT_EQ(expected.text, actual.text);
-  ASSERT_EQ(expected.logprobs.size(), actual.logprobs.size());
-  for (size_t i = 0; i < expected.logprobs.size(); ++i) {
-    const TokenLogprob& e = expected.logprobs[i];
-    const TokenLogprob& a = actual.logprobs[i];
-    ASSERT_TRUE(SameBits(e.logprob, a.logprob)) << "token " << i << ": " << e.logprob << " and " << a.logprob;
-    ASSERT_EQ(e.top.size(), a.top.size());
-    for (size_t k = 0; k < e.top.size(); ++k) {
-      ASSERT_EQ(e.top[k].first, a.top[k].first);
-      ASSERT_TRUE(SameBits(e.top[k].second, a.top[k].second));
-    }
-  }
-}
 
 // A prompt of several blocks.
 inline constexpr char kStory[] =

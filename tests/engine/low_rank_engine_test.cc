@@ -113,18 +113,7 @@ TEST_P(LowRankEngineTest, IsLeftOutWhereAStepHasNoRoomForASegment) {
 }
 
 // What was generated one token at a time is computed again exactly, whole segments of it too.
-TEST_P(LowRankEngineTest, AfterPreemption) {
-  const Answer& alone = Alone();
-  for (const bool prefix_cache : {false, true}) {
-    BatchingEngineOptions options = LowRank();
-    options.prefix_cache = prefix_cache;
-    options.max_running_sequences = 1;
-    std::unique_ptr<BatchingEngine> engine = Make(options);
-    ExpectSame(alone, AfterAHigherClass(engine.get(), Question()));
-    EXPECT_GT(engine->Stats().preemptions_total, 0u);
-    ExpectNothingLeft(engine.get());
-  }
-}
+TEST_P(LowRankEngineTest, AfterPreemption) { ExpectSameAfterAHigherClass(Alone(), LowRank(), Question()); }
 
 TEST_P(LowRankEngineTest, FromThePrefixCache) {
   std::unique_ptr<BatchingEngine> engine = Make(LowRank());

@@ -89,41 +89,32 @@ struct Norms {
   double value_rounding = 0;  // Σ_e of half a step of a weight, at most 2^-16, times max_ei |v_i|
 };
 
-Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence& sequence, int kv_head,
-              const float* query, double scale) {
+Norms NormsOf(const CacheProblem& problem, const KvSequence& sequence, int kv_head, const float* query,
+              double scale) {
   const int head_dim = problem.shape().head_dim;
   Norms norms;
   norms.value.resize(head_dim);
-  std::vector<float> key(head_dim), value(head_dim);
   double largest_query = 0, largest_value = 0;
   int integers = 0;
   for (int i = 0; i < head_dim; ++i) largest_query = std::max<double>(largest_query, std::abs(query[i]));
-  const auto add = [&](const KvPage& page, const BlockId* blocks, int count) {
-    for (int e = 0; e < count; ++e) {
-      float log_mass;
-      page.Load(pool.data + static_cast<size_t>(blocks[e / page.entries()]) * pool.block_bytes,
-                e % page.entries(), key.data(), value.data(), &log_mass);
-      if (std::isinf(log_mass)) continue;
-      double score = std::abs(log_mass), keys = 0;
-      for (int i = 0; i < head_dim; ++i) {
-        score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
-        norms.value[i] = std::max<double>(norms.value[i], std::abs(value[i]));
-        keys += std::abs(key[i]);
-        if (IsInteger(page.format())) largest_value = std::max<double>(largest_value, std::abs(value[i]));
-      }
-      if (IsInteger(page.format())) {
-        norms.score_rounding =
-            std::max(norms.score_rounding,
-                     (page.format() == KvFormat::kInt4 ? 0x1p-7 : 0x1p-15) * largest_query * scale * keys);
-        ++integers;
-      }
-      norms.score = std::max(norms.score, score);
-      ++norms.entries;
+  const auto add = [&](const KvPage& page, const float* key, const float* value, float log_mass) {
+    double score = std::abs(log_mass), keys = 0;
+    for (int i = 0; i < head_dim; ++i) {
+      score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
+      norms.value[i] = std::max<double>(norms.value[i], std::abs(value[i]));
+      keys += std::abs(key[i]);
+      if (IsInteger(page.format())) largest_value = std::max<double>(largest_value, std::abs(value[i]));
     }
+    if (IsInteger(page.format())) {
+      norms.score_rounding =
+          std::max(norms.score_rounding,
+                   (page.format() == KvFormat::kInt4 ? 0x1p-7 : 0x1p-15) * largest_query * scale * keys);
+      ++integers;
+    }
+    norms.score = std::max(norms.score, score);
+    ++norms.entries;
   };
-  const KvHeadBlocks& head = sequence.heads[kv_head];
-  add(*head.principal_page, head.principal, head.principal_entries);
-  add(*pool.exact, sequence.heads[kv_head].exact, sequence.exact_entries);
+  problem.ForEachEntry(sequence, kv_head, add);
   norms.value_rounding = integers * 0x1p-16 * largest_value;
   return norms;
 }
@@ -169,7 +160,7 @@ void CheckAttention(Random& random, Backend& backend, Backend& reference, CacheP
     for (int row = 0; row < sequence.rows; ++row) {
       for (int head = 0; head < heads; ++head) {
         const size_t at = (static_cast<size_t>(sequence.first_row + row) * heads + head) * shape.head_dim;
-        const Norms norms = NormsOf(problem, pool, sequence, head / group, &query[at], scale);
+        const Norms norms = NormsOf(problem, sequence, head / group, &query[at], scale);
         const KvHeadBlocks& blocks = sequence.heads[head / group];
         const bool wide =
             shape.format == KvFormat::kF32 &&

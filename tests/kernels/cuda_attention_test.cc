@@ -43,29 +43,19 @@ struct Norms {
 };
 
 // Largest |score| and |value| of a head.
-Norms NormsOf(const CacheProblem& problem, const KvPool& pool, const KvSequence& sequence, int kv_head,
-              const float* query, double scale) {
-  const int head_dim = problem.shape().head_dim;
+Norms NormsOf(const CacheProblem& problem, const KvSequence& sequence, int kv_head, const float* query,
+              double scale) {
   Norms norms;
-  std::vector<float> key(head_dim), value(head_dim);
-  const auto add = [&](const KvPage& page, const BlockId* blocks, int count) {
-    for (int e = 0; e < count; ++e) {
-      float log_mass;
-      page.Load(pool.data + static_cast<size_t>(blocks[e / page.entries()]) * pool.block_bytes,
-                e % page.entries(), key.data(), value.data(), &log_mass);
-      if (std::isinf(log_mass)) continue;
-      double score = std::abs(log_mass);
-      for (int i = 0; i < head_dim; ++i) {
-        score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
-        norms.value = std::max<double>(norms.value, std::abs(value[i]));
-      }
-      norms.score = std::max(norms.score, score);
-      ++norms.entries;
-    }
-  };
-  const KvHeadBlocks& head = sequence.heads[kv_head];
-  add(*head.principal_page, head.principal, head.principal_entries);
-  add(*pool.exact, head.exact, sequence.exact_entries);
+  problem.ForEachEntry(sequence, kv_head,
+                       [&](const KvPage&, const float* key, const float* value, float mass) {
+                         double score = std::abs(mass);
+                         for (int i = 0; i < problem.shape().head_dim; ++i) {
+                           score += scale * std::abs(static_cast<double>(query[i]) * key[i]);
+                           norms.value = std::max<double>(norms.value, std::abs(value[i]));
+                         }
+                         norms.score = std::max(norms.score, score);
+                         ++norms.entries;
+                       });
   return norms;
 }
 
@@ -132,8 +122,7 @@ class CudaAttention : public ::testing::Test {
       for (int i = 0; i < sequence.rows * problem.heads; ++i) {
         const size_t at = sequence.first_row * problem.RowFloats() + static_cast<size_t>(i) * shape.head_dim;
         const int kv_head = i % problem.heads / group;
-        const Norms norms =
-            NormsOf(problem.cache, args.pool, sequence, kv_head, &problem.query[at], args.scale);
+        const Norms norms = NormsOf(problem.cache, sequence, kv_head, &problem.query[at], args.scale);
         const KvHeadBlocks& head = sequence.heads[kv_head];
         const bool wide = shape.format == KvFormat::kF32 &&
                           (head.principal_entries == 0 || head.principal_page->format() == KvFormat::kF32);

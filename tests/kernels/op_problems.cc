@@ -176,4 +176,21 @@ void CacheProblem::FillExact(Random& random, KvHeadBlocks& head, const SequenceS
   head.exact = table.data();
 }
 
+void CacheProblem::ForEachEntry(
+    const KvSequence& sequence, int kv_head,
+    const std::function<void(const KvPage&, const float*, const float*, float)>& visit) const {
+  std::vector<float> key(static_cast<size_t>(shape_.head_dim)), value(key.size());
+  const auto walk = [&](const KvPage& page, const BlockId* blocks, int count) {
+    for (int e = 0; e < count; ++e) {
+      float log_mass;
+      page.Load(pool_.data() + static_cast<size_t>(blocks[e / page.entries()]) * block_bytes_,
+                e % page.entries(), key.data(), value.data(), &log_mass);
+      if (!std::isinf(log_mass)) visit(page, key.data(), value.data(), log_mass);
+    }
+  };
+  const KvHeadBlocks& head = sequence.heads[kv_head];
+  walk(*head.principal_page, head.principal, head.principal_entries);
+  walk(exact_, head.exact, sequence.exact_entries);
+}
+
 }  // namespace atp

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <string>
@@ -68,6 +69,9 @@ class CacheProblem {
   KvPool pool() { return {pool_.data(), block_bytes_, &exact_}; }
   const std::vector<KvSequence>& sequences() const { return sequences_; }
   std::vector<std::byte>& bytes() { return pool_; }
+  // Calls `visit(page, key, value, log_mass)` for what attention of this head reads, unless its mass is 0.
+  void ForEachEntry(const KvSequence& sequence, int kv_head,
+                    const std::function<void(const KvPage&, const float*, const float*, float)>& visit) const;
 
  private:
   BlockId TakeBlock();
