@@ -64,6 +64,18 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
   Check(rows == batch.rows(), "every row belongs to an entry");
 }
 
+// What makes the x of linear layers.
+const float* Made(const RmsNormArgs& args) { return args.y; }
+const float* Made(const SwiGluArgs& args) { return args.out; }
+void Make(Backend& backend, const RmsNormArgs& args) { backend.RmsNorm(args); }
+void Make(Backend& backend, const SwiGluArgs& args) { backend.SwiGlu(args); }
+void MakeAndMultiply(Backend& backend, const RmsNormArgs& args, const MatMulArgs& product) {
+  backend.RmsNormAndMatMul(args, product);
+}
+void MakeAndMultiply(Backend& backend, const SwiGluArgs& args, const MatMulArgs& product) {
+  backend.SwiGluAndMatMul(args, product);
+}
+
 }  // namespace
 
 struct LlamaModel::Linear {
@@ -213,8 +225,8 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   const float* const inverse_frequency = a.inverse_frequency.as<float>();
   const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
 
-  const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) {
-    backend_->RmsNorm({x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps});
+  const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) -> RmsNormArgs {
+    return {x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps};
   };
   compactor_.Begin(batch);
   fit_time_ = absl::ZeroDuration();
@@ -225,8 +237,7 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     for (const BatchEntry& e : batch.entries) {
       a.sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
     }
-    norm(hidden, w.attention_norm, normed, rows);
-    RunLinear(batch, kQueryKeyValue, normed, c.hidden_size,
+    RunLinear(batch, kQueryKeyValue, norm(hidden, w.attention_norm, normed, rows),
               std::array<Linear, 3>{{{&w.query, &w.query_bias, query},
                                      {&w.key, &w.key_bias, key},
                                      {&w.value, &w.value_bias, value}}});
@@ -240,11 +251,9 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
                       rows, /*accumulate=*/true});
 
-    norm(hidden, w.mlp_norm, normed, rows);
-    RunLinear(batch, kGateUp, normed, c.hidden_size,
+    RunLinear(batch, kGateUp, norm(hidden, w.mlp_norm, normed, rows),
               std::array<Linear, 2>{{{&w.gate, &w.gate_bias, gate}, {&w.up, &w.up_bias, up}}});
-    backend_->SwiGlu({gate, up, gate, rows, c.intermediate_size});
-    RunLinear(batch, kDown, gate, c.intermediate_size,
+    RunLinear(batch, kDown, SwiGluArgs{gate, up, gate, rows, c.intermediate_size},
               std::array<Linear, 1>{{{&w.down, &w.down_bias, hidden, /*accumulate=*/true}}});
   }
 
@@ -252,21 +261,41 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   if (wanted == 0) return;
   float* const last = a.last.as<float>();
   backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
-  norm(last, weights_.final_norm, last, wanted);
-  backend_->MatMul({last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
+  backend_->RmsNormAndMatMul(
+      norm(last, weights_.final_norm, last, wanted),
+      {last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
 }
 
-// Linear layers that read the same x [rows, in]. Rows of whole segments whose plan says so go through a
-// low-rank form of x, each segment through its own; all rows between them go together, as they are.
-void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
+// Linear layers that read the same x [rows, in], which `maker` makes. Rows of whole segments whose plan says
+// so go through a low-rank form of x, each segment through its own; all rows between them go together, as
+// they are.
+template <class Maker>
+void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const Maker& maker,
                            std::span<const Linear> linears) {
+  const auto is_low_rank = [layers](const BatchEntry& entry) {
+    return entry.low_rank != nullptr && (entry.low_rank->linear_layers() & layers) != 0;
+  };
+  const bool with_product = std::none_of(batch.entries.begin(), batch.entries.end(), is_low_rank);
+  if (!with_product) Make(*backend_, maker);
+  const float* const x = Made(maker);
+  const int64_t in = maker.dim;
   const auto exact = [&](int64_t begin, int64_t end) {
     if (begin == end) return;
     bool same_x = false;
     for (const Linear& l : linears) {
       const int64_t out = l.weight->view.rows;
-      backend_->MatMul({x + begin * in, l.weight->view, static_cast<const float*>(l.bias->view.data),
-                        l.y + begin * out, end - begin, l.accumulate, same_x});
+      const MatMulArgs product = {x + begin * in,
+                                  l.weight->view,
+                                  static_cast<const float*>(l.bias->view.data),
+                                  l.y + begin * out,
+                                  end - begin,
+                                  l.accumulate,
+                                  same_x};
+      if (with_product && !same_x) {
+        MakeAndMultiply(*backend_, maker, product);
+      } else {
+        backend_->MatMul(product);
+      }
       same_x = true;
     }
   };
@@ -275,7 +304,7 @@ void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const float*
   float* const product = activations_->low_product.as<float>();
   int64_t done = 0;
   for (const BatchEntry& entry : batch.entries) {
-    if (entry.low_rank == nullptr || (entry.low_rank->linear_layers() & layers) == 0) continue;
+    if (!is_low_rank(entry)) continue;
     exact(done, entry.first_row);
     done = entry.first_row + entry.rows;
     const int64_t inner = entry.low_rank->linear_rank() + 1;

@@ -56,6 +56,15 @@ class Backend {
   virtual void RmsNorm(const RmsNormArgs& args) = 0;
   virtual void Rope(const RopeArgs& args) = 0;
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  // An op and a MatMul of all rows that it makes, its x; for backends that put x into a form of their own.
+  virtual void RmsNormAndMatMul(const RmsNormArgs& norm, const MatMulArgs& product) {
+    RmsNorm(norm);
+    MatMul(product);
+  }
+  virtual void SwiGluAndMatMul(const SwiGluArgs& swiglu, const MatMulArgs& product) {
+    SwiGlu(swiglu);
+    MatMul(product);
+  }
   virtual void StoreKv(const StoreKvArgs& args) = 0;
   // Its three ops one after another, where a backend has nothing better.
   virtual void RotateAndStore(const RotateAndStoreArgs& args) {

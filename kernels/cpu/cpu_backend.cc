@@ -142,9 +142,24 @@ class CpuBackend final : public Backend {
   }
 
   void MatMul(const MatMulArgs& args) override {
+    Multiply(args, [](int64_t, int64_t) {});
+  }
+
+  void RmsNormAndMatMul(const RmsNormArgs& norm, const MatMulArgs& product) override {
+    Multiply(product, [&](int64_t begin, int64_t end) { rms_norm_(norm, begin, end); });
+  }
+
+  void SwiGluAndMatMul(const SwiGluArgs& swiglu, const MatMulArgs& product) override {
+    Multiply(product,
+             [&](int64_t begin, int64_t end) { swiglu_(swiglu, begin * swiglu.dim, end * swiglu.dim); });
+  }
+
+  // make_x(begin, end) makes rows [begin, end) of args.x, by the thread that reads them next.
+  template <class MakeX>
+  void Multiply(const MatMulArgs& args, const MakeX& make_x) {
     ABSL_ASSERT(args.weight.packed);
     const MatMulKernel& kernel = KernelFor(args.weight.dtype);
-    const PackedRows rows = PackRows(args, kernel);
+    const PackedRows rows = PackRows(args, kernel, make_x);
     const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
     const int64_t row_blocks = CeilDiv(args.rows, row_width);
     const int64_t pairs = PanelCount(args.weight.rows) / 2;
@@ -354,7 +369,8 @@ class CpuBackend final : public Backend {
   }
 
   // x in the form that the kernel reads.
-  PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel) {
+  template <class MakeX>
+  PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel, const MakeX& make_x) {
     const int64_t cols = args.weight.cols;
     PackedRows rows{};
     // As many tiles as the largest would make, all about as large.
@@ -374,8 +390,13 @@ class CpuBackend final : public Backend {
       rows.block_words =
           reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
     }
-    ForRows(tiles, rows.tile_rows * cols,
-            [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
+    // Too few tiles for all threads: rows are made one by one, and then packed.
+    const bool by_rows = tiles < pool_.threads();
+    if (by_rows) ForRows(args.rows, cols, make_x);
+    ForRows(tiles, rows.tile_rows * cols, [&](int64_t begin, int64_t end) {
+      if (!by_rows) make_x(begin * rows.tile_rows, std::min(end * rows.tile_rows, args.rows));
+      kernel.pack_rows(args, rows, begin, end);
+    });
     packed_ = {&kernel, args.x, args.rows, cols, rows};
     return rows;
   }

@@ -103,6 +103,38 @@ TEST_P(BatchInvariance, MatMulOfTheSameRows) {
   }
 }
 
+// An op and the product of what it makes give what they give one after the other, also to a second product.
+TEST_P(BatchInvariance, MatMulOfRowsThatAnotherOpMakes) {
+  const int64_t in = 256, out = 40;
+  const std::vector<float> scales = Normals(random_, in);
+  for (const DType dtype : kDTypes) {
+    for (const int64_t rows :
+         IsCuda(GetParam()) ? std::vector<int64_t>{9} : std::vector<int64_t>{1, 9, 300}) {
+      const Weight weight = Loaded(*three_, RandomMatrix(random_, dtype, out, in));
+      const std::vector<float> gate = Normals(random_, rows * in), up = Normals(random_, rows * in);
+      for (const bool swiglu : {false, true}) {
+        const auto run = [&](bool together) {
+          std::vector<float> x = gate, y(2 * rows * out);
+          const RmsNormArgs norm{x.data(), scales.data(), x.data(), rows, in, 1e-5f};
+          const SwiGluArgs activation{x.data(), up.data(), x.data(), rows, in};
+          MatMulArgs product{x.data(), weight.view, nullptr, y.data(), rows};
+          if (together) {
+            swiglu ? three_->SwiGluAndMatMul(activation, product) : three_->RmsNormAndMatMul(norm, product);
+          } else {
+            swiglu ? three_->SwiGlu(activation) : three_->RmsNorm(norm);
+            three_->MatMul(product);
+          }
+          product.y += rows * out;
+          product.same_x = together;
+          three_->MatMul(product);
+          return y;
+        };
+        EXPECT_TRUE(SameBits(run(true), run(false))) << Name(dtype) << " rows " << rows << " " << swiglu;
+      }
+    }
+  }
+}
+
 TEST_P(BatchInvariance, RowwiseOps) {
   const int heads = 3, head_dim = 38;
   const int64_t rows = 200, dim = heads * head_dim;
