@@ -69,11 +69,11 @@ const float* Made(const RmsNormArgs& args) { return args.y; }
 const float* Made(const SwiGluArgs& args) { return args.out; }
 void Make(Backend& backend, const RmsNormArgs& args) { backend.RmsNorm(args); }
 void Make(Backend& backend, const SwiGluArgs& args) { backend.SwiGlu(args); }
-void MakeAndMultiply(Backend& backend, const RmsNormArgs& args, const MatMulArgs& product) {
-  backend.RmsNormAndMatMul(args, product);
+void MakeAndMultiply(Backend& backend, const RmsNormArgs& args, std::span<const MatMulArgs> products) {
+  backend.RmsNormAndMatMuls(args, products);
 }
-void MakeAndMultiply(Backend& backend, const SwiGluArgs& args, const MatMulArgs& product) {
-  backend.SwiGluAndMatMul(args, product);
+void MakeAndMultiply(Backend& backend, const SwiGluArgs& args, std::span<const MatMulArgs> products) {
+  backend.SwiGluAndMatMuls(args, products);
 }
 
 }  // namespace
@@ -261,9 +261,13 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   if (wanted == 0) return;
   float* const last = a.last.as<float>();
   backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
-  backend_->RmsNormAndMatMul(
-      norm(last, weights_.final_norm, last, wanted),
-      {last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
+  const MatMulArgs logits = {last,
+                             weights_.lm_head,
+                             nullptr,
+                             a.logits.as<float>(),
+                             wanted,
+                             /*accumulate=*/false};
+  backend_->RmsNormAndMatMuls(norm(last, weights_.final_norm, last, wanted), {&logits, 1});
 }
 
 // Linear layers that read the same x [rows, in], which `maker` makes. Rows of whole segments whose plan says
@@ -281,23 +285,18 @@ void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const Maker&
   const int64_t in = maker.dim;
   const auto exact = [&](int64_t begin, int64_t end) {
     if (begin == end) return;
-    bool same_x = false;
-    for (const Linear& l : linears) {
-      const int64_t out = l.weight->view.rows;
-      const MatMulArgs product = {x + begin * in,
-                                  l.weight->view,
-                                  static_cast<const float*>(l.bias->view.data),
-                                  l.y + begin * out,
-                                  end - begin,
-                                  l.accumulate,
-                                  same_x};
-      if (with_product && !same_x) {
-        MakeAndMultiply(*backend_, maker, product);
-      } else {
-        backend_->MatMul(product);
-      }
-      same_x = true;
+    std::array<MatMulArgs, 3> memory;
+    const std::span products = std::span(memory).first(linears.size());
+    for (size_t i = 0; i < linears.size(); ++i) {
+      const Linear& l = linears[i];
+      products[i] = {x + begin * in,
+                     l.weight->view,
+                     static_cast<const float*>(l.bias->view.data),
+                     l.y + begin * l.weight->view.rows,
+                     end - begin,
+                     l.accumulate};
     }
+    with_product ? MakeAndMultiply(*backend_, maker, products) : backend_->MatMuls(products);
   };
   float* const left = activations_->low_left.as<float>();
   float* const right = activations_->low_right.as<float>();
