@@ -53,7 +53,6 @@ void BlockGroup::SetRetained(bool retained) {
 
 BlockAllocator::BlockAllocator(int64_t num_blocks) : total_blocks_(num_blocks) {
   free_ids_.reserve(num_blocks);
-  for (int64_t id = num_blocks - 1; id >= 0; --id) free_ids_.push_back(static_cast<BlockId>(id));
 }
 
 BlockAllocator::~BlockAllocator() { ABSL_ASSERT(free_blocks() == total_blocks_); }
@@ -70,8 +69,10 @@ std::optional<BlockGroup> BlockAllocator::Allocate(int count) {
   Record& record = records_[index];
   record.owners = 1;
   record.retained = false;
-  record.ids.assign(free_ids_.rbegin(), free_ids_.rbegin() + count);
-  free_ids_.resize(free_ids_.size() - count);
+  const auto lent = static_cast<ptrdiff_t>(std::min(free_ids_.size(), static_cast<size_t>(count)));
+  record.ids.assign(free_ids_.rbegin(), free_ids_.rbegin() + lent);
+  free_ids_.resize(free_ids_.size() - static_cast<size_t>(lent));
+  while (record.ids.size() < static_cast<size_t>(count)) record.ids.push_back(next_id_++);
   return BlockGroup(this, index);
 }
 
@@ -98,6 +99,7 @@ absl::Status BlockAllocator::Check(std::span<const BlockGroup* const> handles) c
   }
   std::vector<int> seen(total_blocks_, 0);
   for (BlockId id : free_ids_) ++seen[id];
+  for (BlockId id = next_id_; id < total_blocks_; ++id) ++seen[id];
   int64_t idle = 0;
   for (size_t i = 0; i < records_.size(); ++i) {
     const Record& record = records_[i];

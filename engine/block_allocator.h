@@ -57,7 +57,7 @@ class BlockAllocator {
   std::optional<BlockGroup> Allocate(int count);
 
   int64_t total_blocks() const { return total_blocks_; }
-  int64_t free_blocks() const { return static_cast<int64_t>(free_ids_.size()); }
+  int64_t free_blocks() const { return total_blocks_ - next_id_ + static_cast<int64_t>(free_ids_.size()); }
   // In retained groups with a single owner: free on demand.
   int64_t idle_blocks() const { return idle_blocks_; }
 
@@ -78,6 +78,9 @@ class BlockAllocator {
 
   int64_t total_blocks_;
   int64_t idle_blocks_ = 0;
+  // Ids from here on were never lent, and are only once no other is free: what a cache never fills, it does
+  // not touch.
+  BlockId next_id_ = 0;
   std::vector<BlockId> free_ids_;  // a stack: the block freed last is the warmest
   std::vector<Record> records_;    // groups, live ones and ones to be reused
   std::vector<int32_t> free_records_;

@@ -9,13 +9,10 @@
 
 namespace atp {
 
-PrefixCache::PrefixCache(int block_tokens, int64_t max_nodes) : block_tokens_(block_tokens) {
-  nodes_.resize(max_nodes);
-  tokens_.resize(static_cast<size_t>(max_nodes) * block_tokens);
-  for (int64_t slot = max_nodes - 1; slot >= 0; --slot) {
-    nodes_[slot].next_in_bucket = free_slot_;
-    free_slot_ = static_cast<int32_t>(slot);
-  }
+PrefixCache::PrefixCache(int block_tokens, int64_t max_nodes)
+    : block_tokens_(block_tokens), max_nodes_(static_cast<size_t>(max_nodes)) {
+  nodes_.reserve(max_nodes);
+  tokens_.reserve(static_cast<size_t>(max_nodes) * block_tokens);
   size_t buckets = 1;
   while (buckets < 2 * static_cast<size_t>(max_nodes)) buckets *= 2;
   buckets_.assign(buckets, -1);
@@ -196,6 +193,11 @@ std::optional<PrefixNode> PrefixCache::Insert(PrefixNode parent, std::span<const
 }
 
 int32_t PrefixCache::NewSlot() {
+  if (free_slot_ < 0 && nodes_.size() < max_nodes_) {
+    nodes_.emplace_back();
+    tokens_.resize(tokens_.size() + static_cast<size_t>(block_tokens_));
+    return static_cast<int32_t>(nodes_.size()) - 1;
+  }
   while (free_slot_ < 0 && EvictOne()) {
   }
   const int32_t slot = free_slot_;

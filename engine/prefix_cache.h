@@ -51,7 +51,8 @@ struct PrefixMatch {
 
 class PrefixCache {
  public:
-  // `max_nodes`: memory for as many is taken at once. Without compression there is a node for each group.
+  // Room for `max_nodes` is taken at once, and touched as they come. Without compression there is a node for
+  // each group.
   PrefixCache(int block_tokens, int64_t max_nodes);
   ~PrefixCache() { Clear(); }
 
@@ -147,6 +148,7 @@ class PrefixCache {
   void Evict(int32_t slot);  // its group, and the node and its parents where nothing is left of them
 
   int block_tokens_;
+  size_t max_nodes_;
   std::vector<Node> nodes_;
   std::vector<TokenId> tokens_;   // [nodes, block_tokens]
   std::vector<int32_t> buckets_;  // first node, or -1; a power of two of them

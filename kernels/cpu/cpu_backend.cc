@@ -56,35 +56,6 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Panels of 16 rows each, converted and packed by all threads.
-absl::StatusOr<Weight> LoadPacked(const TensorView& host, DType dtype, ThreadPool& pool) {
-  if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
-  const PanelLayout layout(dtype, host.cols);
-  const int64_t panels = PanelCount(host.rows);
-  absl::StatusOr<Buffer> memory = AllocateHostMemory(static_cast<size_t>(panels) * layout.bytes);
-  if (!memory.ok()) return memory.status();
-  pool.ParallelFor(CeilDiv(host.rows, kPanelOuts), [&](int64_t panel, int) {
-    const size_t host_row = RowBytes(host.dtype, host.cols), row = RowBytes(dtype, host.cols);
-    const std::byte* from = static_cast<const std::byte*>(host.data) + panel * kPanelOuts * host_row;
-    const int count = static_cast<int>(std::min<int64_t>(kPanelOuts, host.rows - panel * kPanelOuts));
-    std::vector<std::byte> converted;
-    if (host.dtype != dtype) {
-      std::vector<float> values(static_cast<size_t>(host.cols));
-      converted.resize(row * kPanelOuts);
-      for (int i = 0; i < count; ++i) {
-        DequantizeRow(host.dtype, from + i * host_row, host.cols, values.data());
-        QuantizeRow(dtype, values.data(), host.cols, converted.data() + i * row);
-      }
-      from = converted.data();
-    }
-    PackPanel(layout, from, row, count, memory->data() + static_cast<size_t>(panel) * layout.bytes);
-  });
-  Weight weight;
-  weight.view = {memory->data(), dtype, host.rows, host.cols, /*packed=*/true};
-  weight.memory = *std::move(memory);
-  return weight;
-}
-
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const Isa& isa, int threads, DType activation_dtype)
@@ -122,7 +93,7 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return AllocateHostMemory(bytes); }
   absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
-    return LoadPacked(host, dtype, pool_);
+    return LoadPanels(host, dtype, pool_);
   }
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
     CopyHostMemory(device, host, bytes);
@@ -175,18 +146,38 @@ class CpuBackend final : public Backend {
   void SampleTokens(const SampleTokensArgs& args) override { sampler_.Sample(args); }
 
   void StoreKv(const StoreKvArgs& args) override {
-    int64_t elements = 0;
-    for (const KvSequence& sequence : args.sequences) elements += sequence.rows;
-    elements *= static_cast<int64_t>(args.kv_heads) * args.pool.exact->head_dim();
-    const int64_t pairs = static_cast<int64_t>(args.sequences.size()) * args.kv_heads;
-    const auto store = [&](int64_t pair) {
-      store_kv_(args, args.sequences[pair / args.kv_heads], static_cast<int>(pair % args.kv_heads));
-    };
-    if (elements < 2 * kElementsPerPart) {
-      for (int64_t pair = 0; pair < pairs; ++pair) store(pair);
-    } else {
-      pool_.ParallelFor(pairs, [&](int64_t pair, int) { store(pair); });
+    for (const KvSequence& sequence : args.sequences) {
+      for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) store_kv_(args, sequence, kv_head);
     }
+  }
+
+  void RotateAndStore(const RotateAndStoreArgs& args) override {
+    const int head_dim = args.pool.exact->head_dim(), page = args.pool.exact->entries();
+    const RopeArgs query{args.query, args.positions, args.inverse_frequency, args.heads, head_dim};
+    const RopeArgs key{args.key, args.positions, args.inverse_frequency, args.kv_heads, head_dim};
+    const StoreKvArgs store{args.key, args.value, args.sequences, args.pool, args.kv_heads};
+    PrepareAngles(query);
+    // Cut where pages end: entries of one may share bytes.
+    store_parts_.clear();
+    for (const KvSequence& sequence : args.sequences) {
+      KvSequence part = sequence;
+      for (int left = sequence.rows; left > 0; left -= part.rows, part.first_row += part.rows) {
+        const int begin = sequence.exact_entries - left;
+        part.rows = std::min(left, page - begin % page);
+        part.exact_entries = begin + part.rows;
+        store_parts_.push_back(part);
+      }
+    }
+    const int64_t parts = static_cast<int64_t>(store_parts_.size()), rows = args.positions.size();
+    const int64_t elements = rows * (args.heads + 2 * args.kv_heads) * head_dim;
+    ForRows(parts, elements / std::max<int64_t>(1, parts), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const KvSequence& part = store_parts_[static_cast<size_t>(i)];
+        rope_(query, angles_.data(), part.first_row, part.first_row + part.rows);
+        rope_(key, angles_.data(), part.first_row, part.first_row + part.rows);
+        for (int kv_head = 0; kv_head < args.kv_heads; ++kv_head) store_kv_(store, part, kv_head);
+      }
+    });
   }
 
   void Attention(const AttentionArgs& args) override {
@@ -482,6 +473,7 @@ class CpuBackend final : public Backend {
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
   std::vector<std::pair<const MatMulArgs*, MatMulPart>> matmul_parts_;
+  std::vector<KvSequence> store_parts_;
   std::vector<AttentionPart> attention_parts_, attention_merges_;
   Scratch attention_partials_;
   std::vector<int32_t> fit_order_;

@@ -207,10 +207,12 @@ struct StreamingLoader {
 };
 
 // What is not a block's quants, a fixed distance ahead.
-template <DType kType>
+template <int P, DType kType>
 struct Streaming {
-  HWY_INLINE void Fetch(int64_t step, int64_t /*steps*/) const { loader.PrefetchRest(begin + step); }
+  HWY_INLINE void Fetch(int64_t step, int64_t /*steps*/) const {
+    ATP_UNROLL for (int p = 0; p < P; ++p) loaders[p]->PrefetchRest(begin + step);
+  }
 
-  const PackedLoader<kType>& loader;
+  const PackedLoader<kType>* loaders[P];
   int64_t begin;
 };

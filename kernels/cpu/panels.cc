@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+#include <vector>
 
+#include "kernels/host_memory.h"
 #include "kernels/quantized.h"
 
 namespace atp::cpu {
@@ -190,6 +193,34 @@ void PackPanel(const PanelLayout& layout, const std::byte* from, size_t row_byte
                 reinterpret_cast<const uint8_t*>(from) + static_cast<size_t>(lane) * row_bytes, b);
     }
   }
+}
+
+absl::StatusOr<Weight> LoadPanels(const TensorView& host, DType dtype, ThreadPool& pool) {
+  if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
+  const PanelLayout layout(dtype, host.cols);
+  const int64_t panels = PanelCount(host.rows);
+  absl::StatusOr<Buffer> memory = AllocateHostMemory(static_cast<size_t>(panels) * layout.bytes);
+  if (!memory.ok()) return memory.status();
+  pool.ParallelFor((host.rows + kPanelOuts - 1) / kPanelOuts, [&](int64_t panel, int) {
+    const size_t host_row = RowBytes(host.dtype, host.cols), row = RowBytes(dtype, host.cols);
+    const std::byte* from = static_cast<const std::byte*>(host.data) + panel * kPanelOuts * host_row;
+    const int count = static_cast<int>(std::min<int64_t>(kPanelOuts, host.rows - panel * kPanelOuts));
+    std::vector<std::byte> converted;
+    if (host.dtype != dtype) {
+      std::vector<float> values(static_cast<size_t>(host.cols));
+      converted.resize(row * kPanelOuts);
+      for (int i = 0; i < count; ++i) {
+        DequantizeRow(host.dtype, from + i * host_row, host.cols, values.data());
+        QuantizeRow(dtype, values.data(), host.cols, converted.data() + i * row);
+      }
+      from = converted.data();
+    }
+    PackPanel(layout, from, row, count, memory->data() + static_cast<size_t>(panel) * layout.bytes);
+  });
+  Weight weight;
+  weight.view = {memory->data(), dtype, host.rows, host.cols, /*packed=*/true};
+  weight.memory = *std::move(memory);
+  return weight;
 }
 
 void UnpackRow(const TensorView& packed, int64_t row, float* out) {

@@ -12,6 +12,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/thread_pool.h"
 #include "kernels/dtype.h"
 #include "kernels/tensor_view.h"
 
@@ -44,6 +47,9 @@ constexpr int64_t PanelCount(int64_t rows) { return (rows + 2 * kPanelOuts - 1) 
 // memory.
 void PackPanel(const PanelLayout& layout, const std::byte* from, size_t row_bytes, int count,
                std::byte* panel);
+
+// A matrix as panels of `dtype`, converted and packed by all threads. Errors: Backend::LoadWeight's.
+absl::StatusOr<Weight> LoadPanels(const TensorView& host, DType dtype, ThreadPool& pool);
 
 // Row `row` of a packed matrix as fp32.
 void UnpackRow(const TensorView& packed, int64_t row, float* out);
