@@ -64,6 +64,7 @@ class LlamaModel {
   struct Activations;
   LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits);
   absl::Status AllocateActivations();
+  absl::Status ReserveScratch();
   absl::Status Reserve(Buffer* buffer, int64_t rows, int64_t cols);
   struct Linear;
   void RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,

@@ -45,6 +45,7 @@ struct Problem {
   float* y;              // [rows, out]
   int rows, in, out;
   bool accumulate;
+  uint8_t padding[3] = {};
 };
 
 __device__ __forceinline__ void WriteOne(const Problem& p, int row, int out, float sum) {
@@ -340,7 +341,7 @@ cudaError_t TensorCores(const OpContext& context, Problem p) {
   const int64_t count = static_cast<int64_t>(p.rows) * p.in;
   cudaError_t error;
   auto* half = static_cast<uint16_t*>(
-      context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), context.stream, &error));
+      context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), &error));
   if (half == nullptr) return error;
   const auto blocks = static_cast<unsigned>(CeilDiv<int64_t, int64_t>(count, kThreads * 8));
   error =
@@ -353,6 +354,10 @@ cudaError_t TensorCores(const OpContext& context, Problem p) {
 }
 
 }  // namespace
+
+size_t MatMulBytes(const StepLimits& limits) {
+  return static_cast<size_t>(limits.rows * limits.widest) * sizeof(uint16_t);
+}
 
 cudaError_t MatMul(const OpContext& context, const MatMulArgs& args) {
   if (args.rows == 0) return cudaSuccess;

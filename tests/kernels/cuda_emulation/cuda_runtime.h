@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "tests/kernels/cuda_emulation/emulator.h"
 #include "tests/kernels/cuda_emulation/runtime_api.h"
@@ -289,12 +290,17 @@ void LdMatrix4Transposed(uint32_t (&out)[4], const Shared<T>& from, int index,
 
 uint32_t PackBF16(float low, float high);
 
-template <class... Parameters, class... Arguments>
-cudaError_t Launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t /*stream*/, const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  return emulation::LaunchResult(emulation::Run(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                                                shared_bytes, [&] { kernel(arguments...); }));
+template <class... Parameters>
+void DeclareKernel(const char* name, void (*kernel)(Parameters...)) {
+  static constexpr size_t kSizes[] = {sizeof(Parameters)...};
+  const auto call = [](const void* function, void** arguments) {
+    const auto run = [&]<size_t... i>(std::index_sequence<i...>) {
+      reinterpret_cast<void (*)(Parameters...)>(const_cast<void*>(function))(
+          *static_cast<std::remove_const_t<Parameters>*>(arguments[i])...);
+    };
+    run(std::index_sequence_for<Parameters...>());
+  };
+  emulation::Declare(reinterpret_cast<const void*>(kernel), {name, kSizes, call});
 }
 
 }  // namespace atp::cuda
