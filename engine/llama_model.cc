@@ -199,6 +199,19 @@ absl::Status LlamaModel::ReserveScratch() {
                                    "; lower the tokens or the sequences per step"));
 }
 
+absl::Status LlamaModel::ReserveFits(const CompressionPlan& plan) {
+  const CompressionPlan::FitSize fit = plan.LargestFit();
+  StepLimits step;
+  step.fit_entries = fit.entries;
+  step.fit_count = fit.count;
+  step.fit_references = static_cast<int64_t>(config_.heads / config_.kv_heads) * plan.samples();
+  const absl::Status reserved = backend_->Reserve(step);
+  if (reserved.ok()) return reserved;
+  return absl::Status(reserved.code(),
+                      absl::StrCat("scratch of fits of ", fit.entries, " keys: ", reserved.message(),
+                                   "; lower atp.max_principal_keys or atp.segment_tokens"));
+}
+
 absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache) {
   ComputeLogits(batch, kv_cache);
   Activations& a = *activations_;

@@ -44,6 +44,9 @@ class LlamaModel {
   // Takes memory for batches with low-rank segments of up to this many rows; needed before the first of them.
   // A start-up call. ResourceExhausted names the bytes; FailedPrecondition: the backend has no such ops.
   absl::Status ReserveLowRank(int segment_tokens);
+  // Takes memory for the fits of sequences with this plan: a start-up call, for what would else be taken by
+  // the first of them. ResourceExhausted names the bytes.
+  absl::Status ReserveFits(const CompressionPlan& plan);
   // How the backend's products with this model's weights compare: Backend::LowRankMatMulSpeed().
   double low_rank_matmul_speed() const { return backend_->LowRankMatMulSpeed(weights_.dtype); }
 

@@ -104,8 +104,7 @@ TEST(EmulatedBackend, ImpossibleConversionsAreRefused) {
   }
 }
 
-// The last test here: as on a device, a failed launch stays with the process.
-TEST(EmulatedBackend, ZErrorsNameOpAndShapes) {
+TEST(EmulatedBackend, ErrorsNameOpAndShapes) {
   const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
   const int head_dim = 40000;  // its angles are more than shared memory
   const Buffer x = backend->Allocate(head_dim * sizeof(float)).value();
@@ -114,7 +113,61 @@ TEST(EmulatedBackend, ZErrorsNameOpAndShapes) {
   const absl::Status status = backend->Synchronize();
   EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
   EXPECT_THAT(std::string(status.message()),
-              AllOf(HasSubstr("Rope of 1 rows of 1 heads of 40000"), HasSubstr("cannot launch")));
+              AllOf(HasSubstr("Rope of 1 rows of 1 heads of 40000"), HasSubstr("invalid argument")));
+  EXPECT_TRUE(backend->Synchronize().ok());
+}
+
+// In a step that is launched as a whole: it is not, and the next one is.
+TEST(EmulatedBackend, AnOpThatFailsInAStepIsNamedAndTheNextStepRuns) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const KvPage page(KvFormat::kF32, 16, 16, /*with_log_mass=*/false);
+  const Buffer pool = backend->Allocate(page.bytes()).value();
+  const BlockId block = 0;
+  const KvHeadBlocks head{&block};
+  const KvSequence sequence{0, 1, 1, &head};
+  const std::vector<int32_t> positions = {3}, indices = {1};
+  const std::vector<float> rows = {1, 2, 3, 4}, zeros = {0, 0};
+  const Buffer table = backend->Allocate(sizeof(float) * 4).value();
+  const Buffer out = backend->Allocate(sizeof(float) * 2).value();
+  backend->CopyToDevice(table.data(), rows.data(), sizeof(float) * 4);
+  const auto step = [&](int head_dim) {
+    const emulation::Counts before = emulation::Counted();
+    backend->BeginStep({{&sequence, 1}, 1, positions, {pool.data(), page.bytes(), &page}, 1});
+    backend->GatherRows({{table.data(), DType::kF32, 2, 2}, indices, out.as<float>()});
+    const Buffer x = backend->Allocate(static_cast<size_t>(head_dim) * sizeof(float)).value();
+    backend->Rope({x.as<float>(), positions, x.as<float>(), 1, head_dim});
+    EXPECT_EQ(emulation::Counted().kernels, before.kernels);
+    const absl::Status status = backend->Synchronize();
+    EXPECT_EQ(emulation::Counted().graph_launches - before.graph_launches, status.ok() ? 1 : 0);
+    return status;
+  };
+  EXPECT_THAT(std::string(step(40000).message()),
+              AllOf(HasSubstr("Rope of 1 rows of 1 heads of 40000"), HasSubstr("invalid argument")));
+  std::vector<float> back(2, -1.0f);
+  backend->CopyToHost(back.data(), out.data(), sizeof(float) * 2);
+  EXPECT_EQ(back, zeros);
+  EXPECT_TRUE(step(16).ok());
+  backend->CopyToHost(back.data(), out.data(), sizeof(float) * 2);
+  EXPECT_EQ(back, std::vector<float>({3, 4}));
+  EXPECT_TRUE(backend->Synchronize().ok());
+}
+
+TEST(EmulatedBackend, ReservedMemoryIsTakenAtOnceAndMissingMemoryIsNamed) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  const size_t all = backend->FreeMemoryBytes();
+  StepLimits limits;
+  limits.logit_rows = 100, limits.vocab = 1 << 20;
+  constexpr size_t kScratch = size_t{100 * 12} << 20;  // 12 bytes per logit
+  EXPECT_TRUE(backend->Reserve(limits).ok());
+  EXPECT_LE(backend->FreeMemoryBytes(), all - kScratch);
+  EXPECT_GE(backend->FreeMemoryBytes() + (8 << 20), all - kScratch);
+  StepLimits more;
+  more.logit_rows = 1000;  // of what was said before
+  const absl::Status status = backend->Reserve(more);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("cannot allocate " + std::to_string(10 * kScratch) + " bytes on emulated"),
+                    HasSubstr("bytes are free"), HasSubstr("--set kv_cache.memory_bytes=")));
 }
 
 }  // namespace

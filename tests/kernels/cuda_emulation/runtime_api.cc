@@ -46,9 +46,9 @@ atp::emulation::Counts& TheCounts() {
   return counts;
 }
 
-bool& Refuses() {
-  static bool refuses = false;
-  return refuses;
+atp::emulation::Refused& TheRefused() {
+  static atp::emulation::Refused refused = atp::emulation::Refused::kNothing;
+  return refused;
 }
 
 // As on a device, the first error stays.
@@ -199,10 +199,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
   ++TheCounts().kernels;
   return RunKernel(function, grid, block, arguments, shared_bytes);
 }
-cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) {
-  if (Refuses()) return cudaErrorMemoryAllocation;
-  return *graph = new CUgraph_st, cudaSuccess;
-}
+cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) { return *graph = new CUgraph_st, cudaSuccess; }
 cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
                                    const cudaGraphNode_t* dependencies, size_t count,
                                    const cudaKernelNodeParams* params) {
@@ -214,17 +211,20 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
   return (*node)->Set(*params);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  if (TheRefused() == atp::emulation::Refused::kInstantiation) return cudaErrorMemoryAllocation;
   ++TheCounts().graphs;
   return *executable = new CUgraphExec_st{graph, graph->nodes}, cudaSuccess;
 }
 cudaError_t cudaGraphExecKernelNodeSetParams(cudaGraphExec_t executable, cudaGraphNode_t node,
                                              const cudaKernelNodeParams* params) {
-  if (node->graph != executable->graph) return cudaErrorInvalidValue;
+  if (node->graph != executable->graph || TheRefused() == atp::emulation::Refused::kUpdate)
+    return cudaErrorInvalidValue;
   ++TheCounts().nodes_set;
   return executable->nodes[node->index].Set(*params);
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
   ++TheCounts().graph_launches;
+  if (!Found().empty()) return cudaErrorLaunchFailure;
   for (CUgraphNode_st& node : executable->nodes) {
     if (node.Run() != cudaSuccess) break;
   }
@@ -244,7 +244,9 @@ void Declare(const void* function, const Kernel& kernel) { Kernels().insert_or_a
 
 const Counts& Counted() { return TheCounts(); }
 
-void RefuseGraphs(bool refuse) { Refuses() = refuse; }
+void ForgetError() { Found().clear(); }
+
+void RefuseGraphs(Refused refused) { TheRefused() = refused; }
 
 }  // namespace atp::emulation
 

@@ -114,8 +114,11 @@ struct Counts {
   int64_t nodes_set = 0;  // cudaGraphExecKernelNodeSetParams
 };
 const Counts& Counted();
-// As a driver that can make no graphs.
-void RefuseGraphs(bool refuse);
+// As another process would find the device.
+void ForgetError();
+// As a driver that can make no graphs, or change none.
+enum class Refused { kNothing, kInstantiation, kUpdate };
+void RefuseGraphs(Refused refused);
 
 }  // namespace atp::emulation
 
