@@ -113,14 +113,16 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  // There are no products of block-quantised weights here: what is to be one is kept as bf16.
+  // q8_0 has products here; what is to be of another block-quantised type is kept as bf16.
   absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
     if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
     Weight weight;
-    weight.view = {nullptr, IsQuantized(dtype) ? DType::kBF16 : dtype, host.rows, host.cols};
+    const bool q8 = dtype == DType::kQ8_0;
+    weight.view = {nullptr, IsQuantized(dtype) && !q8 ? DType::kBF16 : dtype, host.rows, host.cols, q8};
     absl::StatusOr<Buffer> memory = Allocate(weight.view.bytes());
     if (!memory.ok()) return memory.status();
-    const cudaError_t error = uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
+    const cudaError_t error = q8 ? uploader_.CopyAsQ8(memory->data(), host, context_.stream)
+                                 : uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
     if (error != cudaSuccess) {
       return absl::InternalError(
           absl::StrCat("cuda: copying a weight ", MatrixShape(host.rows, host.cols), ": ", Text(error)));

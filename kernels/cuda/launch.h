@@ -173,6 +173,16 @@ __device__ __forceinline__ uint32_t ToE4M3(float value) {
 #endif
 }
 
+__device__ __forceinline__ float HalfToFloat(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
+  return F16ToFloat(half);
+#endif
+}
+
 // Over a warp; every lane has the result.
 __device__ __forceinline__ float WarpSum(float value) {
 #pragma unroll

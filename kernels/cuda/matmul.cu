@@ -1,12 +1,14 @@
 // y = x·Wᵀ + bias (+ y). A result must not depend on how many rows are in the batch, so all kernels of a
 // weight type add up one output in one order:
-//   bf16 whose rows are 16-byte aligned: tensor cores, x rounded to bf16. Slices of kSlice products are
-//   summed
-//     by m16n8k16 steps in the order that StepOf() gives, then the slices from first to last.
+//   bf16 whose rows are 16-byte aligned, and q8_0, whose weights are rounded to bf16 on their way: tensor
+//     cores, x rounded to bf16. Slices of kSlice products are summed by m16n8k16 steps in the order that
+//     StepsOf() gives, then the slices from first to last.
 //   anything else: fp32 multiply-adds, one product after the other.
 // Two kernels share the tensor-core order. SkinnyKernel, for decoding, is bound by the bytes of W: they go
 // from global memory straight into fragments, slices of one output are spread over the warps of a block.
 // TiledKernel, for prefill, is bound by arithmetic: W and x come through shared memory, three stages deep.
+#include <type_traits>
+
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
 
@@ -26,6 +28,20 @@ struct Row8 {
 
 __device__ __forceinline__ Row8 FromVector(const uint4& v) { return {{v.x, v.y, v.z, v.w}}; }
 
+// Eight int8 times their block's scale, rounded to bf16. A byte b = q + 128 put into a float's mantissa is
+// 2^15 + b; times the scale, less (2^15 + 128) · scale, is q · scale: no step before the last one rounds.
+__device__ __forceinline__ uint32_t Q8Pair(uint32_t bytes, int i, float scale) {
+  const auto at = static_cast<uint32_t>(i);
+  const float low = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | at << 4));
+  const float high = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | (at + 1) << 4));
+  const float less = -32896.0f * scale;
+  return PackBF16(__fmaf_rn(low, scale, less), __fmaf_rn(high, scale, less));
+}
+__device__ __forceinline__ Row8 FromQ8(const uint2& v, float scale) {
+  const uint32_t first = v.x ^ 0x80808080u, last = v.y ^ 0x80808080u;
+  return {{Q8Pair(first, 0, scale), Q8Pair(first, 2, scale), Q8Pair(last, 0, scale), Q8Pair(last, 2, scale)}};
+}
+
 // c += the chunk's products. low, high: W's rows g and g + 8; x: its row g.
 __device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Row8& high, const Row8& x) {
 #pragma unroll
@@ -38,11 +54,12 @@ __device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Ro
 }
 
 struct Problem {
-  const float* x;        // [rows, in]
-  const uint16_t* half;  // x as bf16, for kernels that read it so
-  const void* weight;    // [out, in]
-  const float* bias;     // [out] or null
-  float* y;              // [rows, out]
+  const float* x;          // [rows, in]
+  const uint16_t* half;    // x as bf16, for kernels that read it so
+  const void* weight;      // [out, in]
+  const uint16_t* scales;  // [out, in / kChunk], of q8_0
+  const float* bias;       // [out] or null
+  float* y;                // [rows, out]
   int rows, in, out;
   bool accumulate;
   uint8_t padding[3] = {};
@@ -69,12 +86,26 @@ struct ReadBF16 {
   }
 };
 
+// How SkinnyKernel reads W.
+struct WeightBF16 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
+    const auto* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(out) * p.in + at;
+    return FromVector(__ldcs(reinterpret_cast<const uint4*>(weight)));
+  }
+};
+struct WeightQ8 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
+    const int64_t element = static_cast<int64_t>(out) * p.in + at;
+    const auto* weight = static_cast<const int8_t*>(p.weight) + element;
+    return FromQ8(__ldcs(reinterpret_cast<const uint2*>(weight)), HalfToFloat(p.scales[static_cast<uint64_t>(element) / kChunk]));
+  }
+};
+
 // Fragments of one slice: kOutTiles · 16 outputs of kRowTiles · 8 rows.
-template <int kOutTiles, int kRowTiles, class ReadX>
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
 __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int slice,
                                             float (&sums)[kOutTiles][kRowTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const auto* weight = static_cast<const uint16_t*>(p.weight);
   const int end = min(slice * kSlice + kSlice, p.in);
 #pragma unroll 4
   for (int at = slice * kSlice + 8 * t; at - 8 * t < end; at += kChunk) {
@@ -83,11 +114,8 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
 #pragma unroll
     for (int half = 0; half < 2 * kOutTiles; ++half) {
       const int out = first_out + half * 8 + g;
-      uint4 loaded = make_uint4(0, 0, 0, 0);
-      if (inside && out < p.out) {
-        loaded = __ldcs(reinterpret_cast<const uint4*>(weight + static_cast<int64_t>(out) * p.in + at));
-      }
-      w[half / 2][half % 2] = FromVector(loaded);
+      w[half / 2][half % 2] = {{0, 0, 0, 0}};
+      if (inside && out < p.out) w[half / 2][half % 2] = ReadW::Load(p, out, at);
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -102,7 +130,7 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
 
 // A block computes kOutTiles · 16 outputs of all rows; p.rows <= kRowTiles · 8. Its warps take one slice each
 // of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
-template <int kOutTiles, int kRowTiles, class ReadX>
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
 __global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
   constexpr int kOuts = kOutTiles * 16, kSums = kOuts * kRowTiles * 8;
   constexpr int kPerThread = (kSums + kThreads - 1) / kThreads;
@@ -116,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
     const int buffer = round % 2 * kWarps * kSums;
     if (round * kWarps + warp < slices) {
       float sums[kOutTiles][kRowTiles][4] = {};
-      SkinnySlice<kOutTiles, kRowTiles, ReadX>(p, first_out, round * kWarps + warp, sums);
+      SkinnySlice<kOutTiles, kRowTiles, ReadX, ReadW>(p, first_out, round * kWarps + warp, sums);
 #pragma unroll
       for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
         // Fragment element i of all lanes lies side by side.
@@ -153,6 +181,24 @@ __device__ __forceinline__ int TileIndex(int row, int vector) {
   return row * kDepth + (vector ^ (row % 2 * 4)) * 8;
 }
 
+// The same in a tile of int8: a row is half the banks, and of four rows the last two have their halves
+// exchanged. Counted in pairs of bytes, as the tiles' elements are.
+__device__ __forceinline__ int Q8TileIndex(int row, int vector) {
+  return row * kDepth / 2 + (vector ^ (row / 2 % 2 * 2)) * 8;
+}
+
+template <int kRows>
+__device__ __forceinline__ void CopyQ8Tile(const Shared<uint16_t>& tile, int offset, const int8_t* from,
+                                           int rows, int in, int first, int at) {
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors / 2; i += kThreads) {
+    const int row = i / (kVectors / 2), vector = i % (kVectors / 2);
+    const bool inside = first + row < rows && at + vector * 16 < in;
+    const int64_t source = inside ? static_cast<int64_t>(first + row) * in + at + vector * 16 : 0;
+    CpAsync16(tile, offset + Q8TileIndex(row, vector), from + source, inside);
+  }
+}
+
 // Rows [first, first + kRows) of a [rows, in] matrix, elements [at, at + kDepth), zeros outside.
 template <int kRows>
 __device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offset, const uint16_t* from,
@@ -167,18 +213,39 @@ __device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offse
 }
 
 // Eight warps, 4 by 2, of kOutTiles · 16 outputs and kRowTiles · 8 rows each.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 struct Tile {
   static constexpr int kOuts = 4 * kOutTiles * 16;
   static constexpr int kRows = 2 * kRowTiles * 8;
-  static constexpr int kStageElements = (kOuts + kRows) * kDepth;
+  static constexpr int kWeightElements = kOuts * kDepth / (kQ8 ? 2 : 1);  // of two bytes
+  static constexpr int kStageElements = kWeightElements + kRows * kDepth;
+};
+
+// Of one stage, for the outputs that a lane loads; fetched a stage ahead.
+template <int kOutTiles>
+struct StageScales {
+  uint16_t of[2 * kOutTiles][kDepth / kChunk];
+
+  __device__ __forceinline__ void Load(const Problem& p, int out, int step) {
+#pragma unroll
+    for (int m = 0; m < 2 * kOutTiles; ++m) {
+#pragma unroll
+      for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
+        const int at = step * (kDepth / kChunk) + chunk;
+        const bool inside = out + m * 8 < p.out && at < p.in / kChunk;
+        of[m][chunk] =
+            inside ? p.scales[static_cast<int64_t>(out + m * 8) * (p.in / kChunk) + at] : uint16_t{0};
+      }
+    }
+  }
 };
 
 // One stage's products.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int offset,
+                                           const StageScales<kOutTiles>& scales,
                                            float (&sums)[kOutTiles][kRowTiles][4]) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int g = lane / 4, t = lane % 4;
@@ -190,10 +257,17 @@ __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int of
   for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
     Row8 w[kOutTiles][2];
 #pragma unroll
-    for (int m = 0; m < 2 * kOutTiles; ++m) w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
+    for (int m = 0; m < 2 * kOutTiles; ++m) {
+      if constexpr (kQ8) {
+        const int at = offset + Q8TileIndex(out + m * 8, chunk * 2 + t / 2) + t % 2 * 4;
+        w[m / 2][m % 2] = FromQ8(tiles.LoadAs<uint2>(at), HalfToFloat(scales.of[m][chunk]));
+      } else {
+        w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      const Row8 x = load(offset + T::kOuts * kDepth, row + n * 8, chunk * 4 + t);
+      const Row8 x = load(offset + T::kWeightElements, row + n * 8, chunk * 4 + t);
 #pragma unroll
       for (int m = 0; m < kOutTiles; ++m) StepsOf(sums[m][n], w[m][0], w[m][1], x);
     }
@@ -201,9 +275,9 @@ __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int of
 }
 
 // Grid: (blocks of rows, blocks of outputs): neighbours share W.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   SharedArena arena;
   const Shared<uint16_t> tiles = arena.Take<uint16_t>(kStages * T::kStageElements);
   const int first_row = static_cast<int>(blockIdx.x) * T::kRows,
@@ -212,12 +286,22 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
   const auto fetch = [&](int step) {
     if (step < steps) {
       const int offset = step % kStages * T::kStageElements;
-      CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
-                         step * kDepth);
-      CopyTile<T::kRows>(tiles, offset + T::kOuts * kDepth, p.half, p.rows, p.in, first_row, step * kDepth);
+      if constexpr (kQ8) {
+        CopyQ8Tile<T::kOuts>(tiles, offset, static_cast<const int8_t*>(p.weight), p.out, p.in, first_out,
+                             step * kDepth);
+      } else {
+        CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
+                           step * kDepth);
+      }
+      CopyTile<T::kRows>(tiles, offset + T::kWeightElements, p.half, p.rows, p.in, first_row, step * kDepth);
     }
     CpAsyncCommit();  // an empty group too: the count of groups is what is waited for
   };
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
+            lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane_out = first_out + warp / 2 * kOutTiles * 16 + lane / 4;
+  StageScales<kOutTiles> scales, next;
+  if constexpr (kQ8) next.Load(p, lane_out, 0);
   float totals[kOutTiles][kRowTiles][4] = {};
   float sums[kOutTiles][kRowTiles][4] = {};
   for (int step = 0; step < kStages - 1; ++step) fetch(step);
@@ -225,7 +309,11 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
     CpAsyncWait<kStages - 2>();
     __syncthreads();  // this step's stage is there for all, and all have left the stage that is fetched next
     fetch(step + kStages - 1);
-    TiledSteps<kOutTiles, kRowTiles>(tiles, step % kStages * T::kStageElements, sums);
+    if constexpr (kQ8) {
+      scales = next;
+      next.Load(p, lane_out, step + 1);
+    }
+    TiledSteps<kOutTiles, kRowTiles, kQ8>(tiles, step % kStages * T::kStageElements, scales, sums);
     if ((step + 1) % (kSlice / kDepth) != 0 && step + 1 != steps) continue;
 #pragma unroll
     for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
@@ -234,8 +322,6 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
       sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4] = 0;
     }
   }
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
-            lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
     const int m = i / 4 / kRowTiles, n = i / 4 % kRowTiles, element = i % 4;
@@ -312,19 +398,19 @@ cudaError_t Plain(const OpContext& context, const Problem& p) {
                 2 * SharedBytes<float>(kPlainTile * (kPlainTile + 1)), context.stream, p);
 }
 
-template <int kOutTiles, int kRowTiles, class ReadX>
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
 cudaError_t Skinny(const OpContext& context, const Problem& p) {
   constexpr int kOuts = kOutTiles * 16;
-  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX>,
+  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX, ReadW>,
                 dim3(static_cast<unsigned>(CeilDiv(p.out, kOuts))), dim3(kThreads),
                 SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, p);
 }
 
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 cudaError_t Tiled(const OpContext& context, const Problem& p) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   return Launch(
-      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles>,
+      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles, kQ8>,
       dim3(static_cast<unsigned>(CeilDiv(p.rows, T::kRows)), static_cast<unsigned>(CeilDiv(p.out, T::kOuts))),
       dim3(kThreads), SharedBytes<uint16_t>(kStages * T::kStageElements), context.stream, p);
 }
@@ -335,9 +421,11 @@ constexpr int kMostRowsAsTheyAre = 16;
 constexpr int kMostSkinnyRows = 32;
 constexpr int kMostRowsOfSmallTiles = 256;
 
+template <bool kQ8>
 cudaError_t TensorCores(const OpContext& context, Problem p) {
-  if (p.rows <= 8) return Skinny<1, 1, ReadF32>(context, p);
-  if (p.rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32>(context, p);
+  using ReadW = std::conditional_t<kQ8, WeightQ8, WeightBF16>;
+  if (p.rows <= 8) return Skinny<1, 1, ReadF32, ReadW>(context, p);
+  if (p.rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, ReadW>(context, p);
   const int64_t count = static_cast<int64_t>(p.rows) * p.in;
   cudaError_t error;
   auto* half = static_cast<uint16_t*>(
@@ -348,9 +436,9 @@ cudaError_t TensorCores(const OpContext& context, Problem p) {
       Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, p.x, half, count);
   if (error != cudaSuccess) return error;
   p.half = half;
-  if (p.rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16>(context, p);
-  if (p.rows <= kMostRowsOfSmallTiles) return Tiled<1, 4>(context, p);
-  return Tiled<2, 8>(context, p);
+  if (p.rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, ReadW>(context, p);
+  if (p.rows <= kMostRowsOfSmallTiles) return Tiled<1, 4, kQ8>(context, p);
+  return Tiled<2, 8, kQ8>(context, p);
 }
 
 }  // namespace
@@ -361,17 +449,23 @@ size_t MatMulBytes(const StepLimits& limits) {
 
 cudaError_t MatMul(const OpContext& context, const MatMulArgs& args) {
   if (args.rows == 0) return cudaSuccess;
-  const Problem p = {args.x,
-                     nullptr,
-                     args.weight.data,
-                     args.bias,
-                     args.y,
-                     static_cast<int>(args.rows),
-                     static_cast<int>(args.weight.cols),
-                     static_cast<int>(args.weight.rows),
-                     args.accumulate};
+  Problem p = {args.x,
+               nullptr,
+               args.weight.data,
+               nullptr,
+               args.bias,
+               args.y,
+               static_cast<int>(args.rows),
+               static_cast<int>(args.weight.cols),
+               static_cast<int>(args.weight.rows),
+               args.accumulate};
+  if (args.weight.dtype == DType::kQ8_0) {
+    const int64_t elements = args.weight.rows * args.weight.cols;
+    p.scales = reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(p.weight) + elements);
+    return TensorCores<true>(context, p);
+  }
   if (args.weight.dtype == DType::kBF16) {
-    return p.in % 8 == 0 ? TensorCores(context, p) : Plain<PlainBF16>(context, p);
+    return p.in % 8 == 0 ? TensorCores<false>(context, p) : Plain<PlainBF16>(context, p);
   }
   return args.weight.dtype == DType::kF16 ? Plain<PlainF16>(context, p) : Plain<PlainF32>(context, p);
 }

@@ -4,8 +4,11 @@
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -244,6 +247,30 @@ TEST(CudaStep, CompressedHistoriesToo) {
   EXPECT_EQ(with.fits.size(), without.fits.size());
   for (const PrincipalFitReport& fit : with.fits) EXPECT_TRUE(fit.fitted);
   EXPECT_EQ(backend->FreeMemoryBytes(), free);
+}
+
+// Weights of a byte: the same bits decoded and in one go, and close to the reference's.
+TEST(CudaStep, Q8WeightsStayQ8) {
+  PlannedRunner actual(Device(), kModel, KvFormat::kF32, DType::kQ8_0),
+      as_stored(Device(), kModel, KvFormat::kF32);
+  PlannedRunner reference(kModel, KvFormat::kF32, "reference", /*exact_blocks=*/false, DType::kQ8_0);
+  EXPECT_EQ(actual.model().weight_dtype(), DType::kQ8_0);
+  EXPECT_LT(actual.model().weight_bytes(), as_stored.model().weight_bytes() * 2 / 3);
+  std::vector<TokenId> prompt(20);
+  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<TokenId>(i * i % 61);
+  const std::vector<float> whole = actual.Logits({prompt}, nullptr, 20)[0];
+  const std::vector<float> decoded = actual.Logits({prompt}, nullptr, 1)[0];
+  const std::vector<float> expected = reference.Logits({prompt}, nullptr, 20)[0];
+  ASSERT_EQ(whole.size(), expected.size());
+  EXPECT_EQ(std::memcmp(whole.data(), decoded.data(), whole.size() * sizeof(float)), 0);
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < whole.size(); ++i) {
+    worst = std::max<double>(worst, std::abs(whole[i] - expected[i]));
+    largest = std::max<double>(largest, std::abs(expected[i]));
+  }
+  EXPECT_GT(largest, 0.1);
+  // As in model_test, of activations; and weights are rounded in the same way.
+  EXPECT_LE(worst, 2 * 24 * 0x1p-9 * largest);
 }
 
 // Steps as large as the limits allow find their memory there.

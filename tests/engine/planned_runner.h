@@ -30,8 +30,9 @@ class PlannedRunner {
     options.device = device;
     Load(MakeBackend(options).value(), model_dir, format, exact_blocks, weight_dtype);
   }
-  PlannedRunner(std::unique_ptr<Backend> backend, const std::string& model_dir, KvFormat format) {
-    Load(std::move(backend), model_dir, format, /*exact_blocks=*/false, std::nullopt);
+  PlannedRunner(std::unique_ptr<Backend> backend, const std::string& model_dir, KvFormat format,
+                std::optional<DType> weight_dtype = std::nullopt) {
+    Load(std::move(backend), model_dir, format, /*exact_blocks=*/false, weight_dtype);
   }
 
   const LlamaConfig& config() const { return model_->config(); }

@@ -2,11 +2,13 @@
 #include "tests/kernels/cuda_emulation/emulated_backend.h"
 
 #include <cstddef>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/quantized.h"
 #include "tests/kernels/cuda_emulation/runtime_api.h"
 #include "tests/kernels/op_problems.h"
 
@@ -80,7 +82,7 @@ TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
 TEST(EmulatedBackend, QuantizedWeightsBecomeBf16) {
   const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
   Random random(TestSeed());
-  for (const DType dtype : {DType::kQ8_0, DType::kQ4_K, DType::kF32}) {
+  for (const DType dtype : {DType::kQ4_0, DType::kQ4_K, DType::kF32}) {
     // More than one of the uploader's buffers, and its last run is not a whole one.
     const Matrix matrix = RandomMatrix(random, dtype, 4099, 1280);
     const DType kept = IsQuantized(dtype) ? dtype : DType::kQ4;  // as the file has it, or as it was asked for
@@ -91,6 +93,30 @@ TEST(EmulatedBackend, QuantizedWeightsBecomeBf16) {
     backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
     const std::vector<float> values = matrix.Values();
     for (size_t i = 0; i < values.size(); ++i) expected[i] = FloatToBF16(values[i]);
+    EXPECT_TRUE(back == expected) << Name(dtype);
+  }
+}
+
+// All int8 and then all scales, as the file has them or as rows of another type are quantised.
+TEST(EmulatedBackend, Q8WeightsAreKeptInPlanes) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  Random random(TestSeed());
+  for (const DType dtype : {DType::kQ8_0, DType::kF32}) {
+    const Matrix matrix = RandomMatrix(random, dtype, 7001, 1248);  // more than one of the uploader's buffers
+    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, DType::kQ8_0);
+    ASSERT_TRUE(weight.ok()) << weight.status();
+    ASSERT_EQ(weight->view.dtype, DType::kQ8_0);
+    EXPECT_TRUE(weight->view.packed);
+    std::vector<std::byte> rows(weight->view.bytes()), expected(rows.size()), back(rows.size());
+    const size_t elements = 7001 * 1248;
+    const std::vector<float> values = matrix.Values();
+    QuantizeRow(DType::kQ8_0, values.data(), static_cast<int64_t>(elements), rows.data());
+    if (dtype == DType::kQ8_0) rows = matrix.bytes;
+    for (size_t b = 0; b < elements / 32; ++b) {
+      std::memcpy(&expected[b * 32], &rows[b * 34 + 2], 32);
+      std::memcpy(&expected[elements + b * 2], &rows[b * 34], 2);
+    }
+    backend->CopyToHost(back.data(), weight->view.data, back.size());
     EXPECT_TRUE(back == expected) << Name(dtype);
   }
 }
