@@ -64,6 +64,18 @@ void CheckBatch(const Batch& batch, const KvCache& kv_cache, const LlamaConfig& 
   Check(rows == batch.rows(), "every row belongs to an entry");
 }
 
+// What makes the x of linear layers.
+const float* Made(const RmsNormArgs& args) { return args.y; }
+const float* Made(const SwiGluArgs& args) { return args.out; }
+void Make(Backend& backend, const RmsNormArgs& args) { backend.RmsNorm(args); }
+void Make(Backend& backend, const SwiGluArgs& args) { backend.SwiGlu(args); }
+void MakeAndMultiply(Backend& backend, const RmsNormArgs& args, std::span<const MatMulArgs> products) {
+  backend.RmsNormAndMatMuls(args, products);
+}
+void MakeAndMultiply(Backend& backend, const SwiGluArgs& args, std::span<const MatMulArgs> products) {
+  backend.SwiGluAndMatMuls(args, products);
+}
+
 }  // namespace
 
 struct LlamaModel::Linear {
@@ -229,9 +241,21 @@ absl::Status LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache, st
   return backend_->Synchronize();
 }
 
+void LlamaModel::BeginStep(const Batch& batch, const KvCache& kv_cache) {
+  CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
+  compactor_.Begin(batch);
+  fit_time_ = absl::ZeroDuration();
+  std::vector<KvSequence>& sequences = activations_->sequences;
+  sequences.clear();
+  for (int l = 0; l < config_.layers; ++l) {
+    for (const BatchEntry& e : batch.entries)
+      sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
+  }
+  backend_->BeginStep({sequences, config_.layers, batch.positions, kv_cache.pool(), config_.kv_heads});
+}
+
 // Of the rows that are wanted, to Activations::logits.
 void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
-  CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
   const LlamaConfig& c = config_;
   Activations& a = *activations_;
   const int64_t rows = batch.rows();
@@ -246,24 +270,16 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   const float* const inverse_frequency = a.inverse_frequency.as<float>();
   const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
 
-  const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) {
-    backend_->RmsNorm({x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps});
+  const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) -> RmsNormArgs {
+    return {x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps};
   };
-  compactor_.Begin(batch);
-  fit_time_ = absl::ZeroDuration();
-  a.sequences.clear();
-  for (int l = 0; l < c.layers; ++l) {
-    for (const BatchEntry& e : batch.entries)
-      a.sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
-  }
-  backend_->BeginStep({a.sequences, c.layers, batch.positions, kv_cache.pool(), c.kv_heads});
+  BeginStep(batch, kv_cache);
   backend_->GatherRows({weights_.embedding.view, batch.tokens, hidden});
   for (int l = 0; l < c.layers; ++l) {
     const LlamaLayerWeights& w = weights_.layers[static_cast<size_t>(l)];
     const size_t count = batch.entries.size();
     const std::span<const KvSequence> sequences(&a.sequences[static_cast<size_t>(l) * count], count);
-    norm(hidden, w.attention_norm, normed, rows);
-    RunLinear(batch, kQueryKeyValue, normed, c.hidden_size,
+    RunLinear(batch, kQueryKeyValue, norm(hidden, w.attention_norm, normed, rows),
               std::array<Linear, 3>{{{&w.query, &w.query_bias, query},
                                      {&w.key, &w.key_bias, key},
                                      {&w.value, &w.value_bias, value}}});
@@ -277,11 +293,9 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
                       rows, /*accumulate=*/true});
 
-    norm(hidden, w.mlp_norm, normed, rows);
-    RunLinear(batch, kGateUp, normed, c.hidden_size,
+    RunLinear(batch, kGateUp, norm(hidden, w.mlp_norm, normed, rows),
               std::array<Linear, 2>{{{&w.gate, &w.gate_bias, gate}, {&w.up, &w.up_bias, up}}});
-    backend_->SwiGlu({gate, up, gate, rows, c.intermediate_size});
-    RunLinear(batch, kDown, gate, c.intermediate_size,
+    RunLinear(batch, kDown, SwiGluArgs{gate, up, gate, rows, c.intermediate_size},
               std::array<Linear, 1>{{{&w.down, &w.down_bias, hidden, /*accumulate=*/true}}});
   }
 
@@ -289,30 +303,49 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   if (wanted == 0) return;
   float* const last = a.last.as<float>();
   backend_->GatherRows({{hidden, DType::kF32, rows, c.hidden_size}, batch.logit_rows, last});
-  norm(last, weights_.final_norm, last, wanted);
-  backend_->MatMul({last, weights_.lm_head, nullptr, a.logits.as<float>(), wanted, /*accumulate=*/false});
+  const MatMulArgs logits = {last,
+                             weights_.lm_head,
+                             nullptr,
+                             a.logits.as<float>(),
+                             wanted,
+                             /*accumulate=*/false};
+  backend_->RmsNormAndMatMuls(norm(last, weights_.final_norm, last, wanted), {&logits, 1});
 }
 
-// Linear layers that read the same x [rows, in]. Rows of whole segments whose plan says so go through a
-// low-rank form of x, each segment through its own; all rows between them go together, as they are.
-void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
+// Linear layers that read the same x [rows, in], which `maker` makes. Rows of whole segments whose plan says
+// so go through a low-rank form of x, each segment through its own; all rows between them go together, as
+// they are.
+template <class Maker>
+void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const Maker& maker,
                            std::span<const Linear> linears) {
+  const auto is_low_rank = [layers](const BatchEntry& entry) {
+    return entry.low_rank != nullptr && (entry.low_rank->linear_layers() & layers) != 0;
+  };
+  const bool with_product = std::none_of(batch.entries.begin(), batch.entries.end(), is_low_rank);
+  if (!with_product) Make(*backend_, maker);
+  const float* const x = Made(maker);
+  const int64_t in = maker.dim;
   const auto exact = [&](int64_t begin, int64_t end) {
     if (begin == end) return;
-    bool same_x = false;
-    for (const Linear& l : linears) {
-      const int64_t out = l.weight->view.rows;
-      backend_->MatMul({x + begin * in, l.weight->view, static_cast<const float*>(l.bias->view.data),
-                        l.y + begin * out, end - begin, l.accumulate, same_x});
-      same_x = true;
+    std::array<MatMulArgs, 3> memory;
+    const std::span products = std::span(memory).first(linears.size());
+    for (size_t i = 0; i < linears.size(); ++i) {
+      const Linear& l = linears[i];
+      products[i] = {x + begin * in,
+                     l.weight->view,
+                     static_cast<const float*>(l.bias->view.data),
+                     l.y + begin * l.weight->view.rows,
+                     end - begin,
+                     l.accumulate};
     }
+    with_product ? MakeAndMultiply(*backend_, maker, products) : backend_->MatMuls(products);
   };
   float* const left = activations_->low_left.as<float>();
   float* const right = activations_->low_right.as<float>();
   float* const product = activations_->low_product.as<float>();
   int64_t done = 0;
   for (const BatchEntry& entry : batch.entries) {
-    if (entry.low_rank == nullptr || (entry.low_rank->linear_layers() & layers) == 0) continue;
+    if (!is_low_rank(entry)) continue;
     exact(done, entry.first_row);
     done = entry.first_row + entry.rows;
     const int64_t inner = entry.low_rank->linear_rank() + 1;

@@ -70,8 +70,10 @@ class LlamaModel {
   absl::Status ReserveScratch();
   absl::Status Reserve(Buffer* buffer, int64_t rows, int64_t cols);
   struct Linear;
-  void RunLinear(const Batch& batch, LinearLayers layers, const float* x, int64_t in,
+  template <class Maker>
+  void RunLinear(const Batch& batch, LinearLayers layers, const Maker& maker,
                  std::span<const Linear> linears);
+  void BeginStep(const Batch& batch, const KvCache& kv_cache);
   void ComputeLogits(const Batch& batch, const KvCache& kv_cache);
   void FitPrincipalKeys(int layer, const KvCache& kv_cache);
 

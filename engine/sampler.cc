@@ -98,8 +98,9 @@ Sampled SampleRows::Result(size_t index) const {
   result.token = row.token;
   if (rows_[index].top_logprobs < 0) return result;
   result.logprob = TokenLogprob{row.token, row.logprob, {}};
-  const size_t count = std::min<size_t>(static_cast<size_t>(rows_[index].top_logprobs), places_.size());
-  for (size_t i = 0; i < count; ++i) result.logprob->top.emplace_back(row.top_tokens[i], row.top_logprobs[i]);
+  const int count =
+      std::min({rows_[index].top_logprobs, kMaxTopLogprobs, static_cast<int32_t>(places_.size())});
+  for (int i = 0; i < count; ++i) result.logprob->top.emplace_back(row.top_tokens[i], row.top_logprobs[i]);
   return result;
 }
 

@@ -8,6 +8,7 @@
 #define ATP_KERNELS_BACKEND_H_
 
 #include <cstddef>
+#include <span>
 #include <string>
 
 #include "absl/status/status.h"
@@ -64,6 +65,19 @@ class Backend {
   virtual void RmsNorm(const RmsNormArgs& args) = 0;
   virtual void Rope(const RopeArgs& args) = 0;
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  // MatMuls of the same x and rows; and those of all rows that another op makes. For backends that put x into
+  // a form of their own, or gain by one long op instead of several short ones.
+  virtual void MatMuls(std::span<const MatMulArgs> products) {
+    for (const MatMulArgs& product : products) MatMul(product);
+  }
+  virtual void RmsNormAndMatMuls(const RmsNormArgs& norm, std::span<const MatMulArgs> products) {
+    RmsNorm(norm);
+    MatMuls(products);
+  }
+  virtual void SwiGluAndMatMuls(const SwiGluArgs& swiglu, std::span<const MatMulArgs> products) {
+    SwiGlu(swiglu);
+    MatMuls(products);
+  }
   virtual void StoreKv(const StoreKvArgs& args) = 0;
   // Its three ops one after another, where a backend has nothing better.
   virtual void RotateAndStore(const RotateAndStoreArgs& args) {

@@ -30,9 +30,6 @@ struct MatMulArgs {
   float* y = nullptr;           // [rows, out]; must not alias x
   int64_t rows = 0;
   bool accumulate = false;
-  // x is what the last MatMul read, unchanged since: a backend that puts x into a form of its own may use
-  // what it has.
-  bool same_x = false;
 };
 
 // y = x / sqrt(mean(x²) + eps) · weight

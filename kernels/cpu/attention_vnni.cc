@@ -407,7 +407,7 @@ bool VnniSupports(const KvPage& page) {
 #else
 namespace atp::cpu {
 bool VnniSupports(const KvPage&) { return false; }
-void UnpackIntegerTile(const IntegerTile&, IntegerOperands&) {}
+void UnpackIntegerTile(const TilePlace&, IntegerOperands&) {}
 void IntegerScores(IntegerOperands&, int, int, int, float (*)[kTile]) {}
 void IntegerValues(IntegerOperands&, int, int, const float (*)[kTile], const float*, float*) {}
 }  // namespace atp::cpu

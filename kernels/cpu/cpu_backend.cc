@@ -5,6 +5,7 @@
 #include <cmath>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "absl/base/macros.h"
@@ -141,26 +142,19 @@ class CpuBackend final : public Backend {
     });
   }
 
-  void MatMul(const MatMulArgs& args) override {
-    ABSL_ASSERT(args.weight.packed);
-    const MatMulKernel& kernel = KernelFor(args.weight.dtype);
-    const PackedRows rows = PackRows(args, kernel);
-    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
-    const int64_t row_blocks = CeilDiv(args.rows, row_width);
-    const int64_t pairs = PanelCount(args.weight.rows) / 2;
-    const int64_t work = args.rows * args.weight.rows * args.weight.cols;
-    // A part is worth at least ~64K multiply-adds (a few microseconds).
-    const int64_t wanted = std::clamp<int64_t>(work / 65536, 1, pool_.threads() * kPartsPerThread);
-    const int64_t columns = std::clamp<int64_t>(wanted / std::max<int64_t>(1, row_blocks), 1, pairs);
-    pool_.ParallelFor(row_blocks * columns, [&](int64_t index, int thread) {
-      const int64_t row = index / columns * row_width;
-      const int64_t column = index % columns;
-      const MatMulPart part{row, std::min(row + row_width, args.rows), 2 * (column * pairs / columns),
-                            2 * ((column + 1) * pairs / columns)};
-      kernel.multiply(
-          args, rows, part,
-          reinterpret_cast<std::byte*>(scratch_[thread].Reserve(kMatMulScratchBytes / sizeof(float))));
-    });
+  void MatMul(const MatMulArgs& args) override { MatMuls({&args, 1}); }
+
+  void MatMuls(std::span<const MatMulArgs> products) override {
+    Multiply(products, [](int64_t, int64_t) {});
+  }
+
+  void RmsNormAndMatMuls(const RmsNormArgs& norm, std::span<const MatMulArgs> products) override {
+    Multiply(products, [&](int64_t begin, int64_t end) { rms_norm_(norm, begin, end); });
+  }
+
+  void SwiGluAndMatMuls(const SwiGluArgs& swiglu, std::span<const MatMulArgs> products) override {
+    Multiply(products,
+             [&](int64_t begin, int64_t end) { swiglu_(swiglu, begin * swiglu.dim, end * swiglu.dim); });
   }
 
   void RmsNorm(const RmsNormArgs& args) override {
@@ -353,18 +347,62 @@ class CpuBackend final : public Backend {
     return IsQuantized(dtype) ? int8_matmul_ : dtype == DType::kBF16 ? bf16_matmul_ : float_matmul_;
   }
 
+  // make_x(begin, end) makes rows [begin, end) of x, by the thread that reads them next.
+  template <class MakeX>
+  void Multiply(std::span<const MatMulArgs> products, const MakeX& make_x) {
+    bool made = false;
+    while (!products.empty()) {
+      const MatMulKernel& kernel = KernelFor(products[0].weight.dtype);
+      size_t count = 1;
+      while (count < products.size() && &KernelFor(products[count].weight.dtype) == &kernel) ++count;
+      const PackedRows rows = made ? PackRows(products[0], kernel, [](int64_t, int64_t) {})
+                                   : PackRows(products[0], kernel, make_x);
+      MultiplyPacked(products.first(count), kernel, rows);
+      made = true;
+      products = products.subspan(count);
+    }
+  }
+
+  void MultiplyPacked(std::span<const MatMulArgs> products, const MatMulKernel& kernel,
+                      const PackedRows& rows) {
+    const int64_t all_rows = products[0].rows;
+    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
+    const int64_t row_blocks = CeilDiv(all_rows, row_width);
+    int64_t weights = 0;
+    for (const MatMulArgs& args : products) weights += args.weight.rows * args.weight.cols;
+    // A part is worth at least ~64K multiply-adds (a few microseconds).
+    const int64_t wanted =
+        std::clamp<int64_t>(all_rows * weights / 65536, 1, pool_.threads() * kPartsPerThread);
+    matmul_parts_.clear();
+    for (const MatMulArgs& args : products) {
+      ABSL_ASSERT(args.weight.packed && args.x == products[0].x && args.rows == all_rows);
+      const int64_t pairs = PanelCount(args.weight.rows) / 2;
+      const int64_t share = CeilDiv(wanted * args.weight.rows * args.weight.cols, weights * row_blocks);
+      const int64_t columns = std::clamp<int64_t>(share, 1, pairs);
+      for (int64_t row = 0; row < all_rows; row += row_width) {
+        for (int64_t column = 0; column < columns; ++column) {
+          matmul_parts_.push_back({&args,
+                                   {row, std::min(row + row_width, all_rows), 2 * (column * pairs / columns),
+                                    2 * ((column + 1) * pairs / columns)}});
+        }
+      }
+    }
+    pool_.ParallelFor(static_cast<int64_t>(matmul_parts_.size()), [&](int64_t index, int thread) {
+      float* const scratch = scratch_[thread].Reserve(kMatMulScratchBytes / sizeof(float));
+      const auto& [args, part] = matmul_parts_[index];
+      kernel.multiply(*args, rows, part, reinterpret_cast<std::byte*>(scratch));
+    });
+  }
+
   // x in the form that the kernel reads.
-  PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel) {
+  template <class MakeX>
+  PackedRows PackRows(const MatMulArgs& args, const MatMulKernel& kernel, const MakeX& make_x) {
     const int64_t cols = args.weight.cols;
     PackedRows rows{};
     // As many tiles as the largest would make, all about as large.
     const int64_t tiles =
         args.rows <= kernel.few_rows ? 1 : std::max<int64_t>(1, CeilDiv(args.rows, kernel.tile_rows));
     rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
-    if (args.same_x && packed_.kernel == &kernel && packed_.x == args.x && packed_.rows == args.rows &&
-        packed_.cols == cols) {
-      return packed_.form;
-    }
     rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
     const int64_t words = args.rows * rows.words_per_row;
     rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
@@ -374,9 +412,13 @@ class CpuBackend final : public Backend {
       rows.block_words =
           reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
     }
-    ForRows(tiles, rows.tile_rows * cols,
-            [&](int64_t begin, int64_t end) { kernel.pack_rows(args, rows, begin, end); });
-    packed_ = {&kernel, args.x, args.rows, cols, rows};
+    // Too few tiles for all threads: rows are made one by one, and then packed.
+    const bool by_rows = tiles < pool_.threads();
+    if (by_rows) ForRows(args.rows, cols, make_x);
+    ForRows(tiles, rows.tile_rows * cols, [&](int64_t begin, int64_t end) {
+      if (!by_rows) make_x(begin * rows.tile_rows, std::min(end * rows.tile_rows, args.rows));
+      kernel.pack_rows(args, rows, begin, end);
+    });
     return rows;
   }
 
@@ -424,13 +466,7 @@ class CpuBackend final : public Backend {
   const MatMulKernel kquant_matmul_;
   MatMulKernel bf16_matmul_;
   double int8_matmul_speed_;
-  Scratch row_words_, row_block_words_;  // x of the last product
-  struct {
-    const MatMulKernel* kernel;
-    const float* x;
-    int64_t rows, cols;
-    PackedRows form;
-  } packed_ = {};  // what they hold
+  Scratch row_words_, row_block_words_;  // x of the product in progress
   const RmsNormFn rms_norm_;
   const GatherRowsFn gather_rows_;
   const SwiGluFn swiglu_;
@@ -445,6 +481,7 @@ class CpuBackend final : public Backend {
   std::vector<float> test_matrix_;          // as much of it as was needed; the same for all
   std::vector<PrincipalSegment> segments_;  // [threads]
   // Of the op or step in progress; they keep their capacity, so that later steps allocate nothing.
+  std::vector<std::pair<const MatMulArgs*, MatMulPart>> matmul_parts_;
   std::vector<AttentionPart> attention_parts_, attention_merges_;
   Scratch attention_partials_;
   std::vector<int32_t> fit_order_;

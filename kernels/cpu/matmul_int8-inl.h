@@ -33,6 +33,8 @@ HWY_INLINE VI Dot(VI sum, Unit w, const uint32_t* HWY_RESTRICT x, int /*stride*/
 // As pairs of 16 bits: elements 0 and 2 of a lane, 1 and 3.
 constexpr int kDotWords = 2;
 struct Unit {
+  HWY_INLINE Unit() {}  // GCC does not compile what it writes itself for the target at hand
+  HWY_INLINE Unit(VU low, VU high) : even(low), odd(high) {}
   VU even, odd;
 };
 HWY_INLINE Unit Expand(VU bytes) {

@@ -98,21 +98,16 @@ void PackKBlock(const Lane& to, const uint8_t* block, int64_t super_index) {
   }
 }
 
-void PackRow(const Lane& to, const uint8_t* row) {
-  const DTypeBlock size = BlockOf(to.layout.dtype);
-  for (int64_t b = 0; b < to.layout.cols / size.elements; ++b, row += size.bytes) {
-    if (IsKQuant(to.layout.dtype)) {
-      PackKBlock(to, row, b);
-      continue;
-    }
-    std::memcpy(to.Scales(b) + to.lane * 2, row, 2);
-    if (to.layout.dtype == DType::kQ8_0) {
-      uint8_t shifted[32];
-      for (int i = 0; i < 32; ++i) shifted[i] = static_cast<uint8_t>(row[2 + i] ^ 0x80u);
-      PutUnits(shifted, 8, to.lane, to.Quants(b));
-    } else {
-      PutUnits(row + 2, 4, to.lane, to.Quants(b));
-    }
+// b: index of a block of 32 columns, or of 256 in a K-quant.
+void PackBlock(const Lane& to, const uint8_t* block, int64_t b) {
+  if (IsKQuant(to.layout.dtype)) return PackKBlock(to, block, b);
+  std::memcpy(to.Scales(b) + to.lane * 2, block, 2);
+  if (to.layout.dtype == DType::kQ8_0) {
+    uint8_t shifted[32];
+    for (int i = 0; i < 32; ++i) shifted[i] = static_cast<uint8_t>(block[2 + i] ^ 0x80u);
+    PutUnits(shifted, 8, to.lane, to.Quants(b));
+  } else {
+    PutUnits(block + 2, 4, to.lane, to.Quants(b));
   }
 }
 
@@ -122,10 +117,13 @@ size_t PlainIndex(DType dtype, int64_t k, int lane) {
   return static_cast<size_t>(k * kPanelOuts + lane);
 }
 
-template <typename T>
-void PackPlainRow(const PanelLayout& layout, const std::byte* row, int lane, std::byte* panel) {
-  for (int64_t k = 0; k < layout.cols; ++k) {
-    std::memcpy(panel + PlainIndex(layout.dtype, k, lane) * sizeof(T), row + k * sizeof(T), sizeof(T));
+// Rows of `words` Words each, as columns.
+template <typename Word>
+void PackWords(int64_t words, const std::byte* from, size_t row_bytes, int count, std::byte* panel) {
+  for (int64_t w = 0; w < words; ++w, from += sizeof(Word), panel += kPanelOuts * sizeof(Word)) {
+    for (int lane = 0; lane < count; ++lane) {
+      std::memcpy(panel + lane * sizeof(Word), from + lane * row_bytes, sizeof(Word));
+    }
   }
 }
 
@@ -173,13 +171,23 @@ PanelLayout::PanelLayout(DType type, int64_t columns) : dtype(type), cols(column
 
 void PackPanel(const PanelLayout& layout, const std::byte* from, size_t row_bytes, int count,
                std::byte* panel) {
-  for (int lane = 0; lane < count; ++lane, from += row_bytes) {
-    if (IsQuantized(layout.dtype)) {
-      PackRow({.layout = layout, .panel = panel, .lane = lane}, reinterpret_cast<const uint8_t*>(from));
-    } else if (layout.dtype == DType::kF32) {
-      PackPlainRow<float>(layout, from, lane, panel);
-    } else {
-      PackPlainRow<uint16_t>(layout, from, lane, panel);
+  // All rows of a place before the next place: the panel is written from its first line to its last.
+  const int64_t cols = layout.cols;
+  if (layout.dtype == DType::kF32) return PackWords<uint32_t>(cols, from, row_bytes, count, panel);
+  if (layout.dtype == DType::kF16) return PackWords<uint16_t>(cols, from, row_bytes, count, panel);
+  if (layout.dtype == DType::kBF16) {  // pairs
+    PackWords<uint32_t>(cols / 2, from, row_bytes, count, panel);
+    for (int lane = 0; lane < count && cols % 2 != 0; ++lane) {
+      std::memcpy(panel + PlainIndex(DType::kBF16, cols - 1, lane) * 2,
+                  from + static_cast<size_t>(lane) * row_bytes + (cols - 1) * 2, 2);
+    }
+    return;
+  }
+  const DTypeBlock size = BlockOf(layout.dtype);
+  for (int64_t b = 0; b < cols / size.elements; ++b, from += size.bytes) {
+    for (int lane = 0; lane < count; ++lane) {
+      PackBlock({.layout = layout, .panel = panel, .lane = lane},
+                reinterpret_cast<const uint8_t*>(from) + static_cast<size_t>(lane) * row_bytes, b);
     }
   }
 }

@@ -56,7 +56,7 @@ class Shape:
 
 SIZES = {
     "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
-    "cpu": Shape(320, 8, 6, 3, 864, context=2048, batch=4, dropout=0.0, short=0.6),
+    "cpu": Shape(256, 8, 4, 2, 768, context=2048, batch=4, dropout=0.0, short=0.6),
     "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
 }
 
@@ -263,7 +263,9 @@ def main():
     shape.vocabulary = data.vocabulary
     model = Llama(shape).to(device)
     optimizers_ = optimizers(model)
-    compiled = torch.compile(model)
+    # The loss is compiled with the model: the logits of a step are far larger than its weights.
+    loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids).float().flatten(0, 1), targets.flatten(),
+                                                                 ignore_index=-100))
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, state = args.out / "checkpoint.pt", {"step": 0, "seconds": 0.0}
     if checkpoint.exists():
@@ -303,8 +305,7 @@ def main():
                 group["lr"] = lr * rate(progress, state["step"])
         ids, targets = data.draw(state["step"], rows, length, dialogue=progress > 1 - DIALOGUE)
         with autocast:
-            logits = compiled(ids.to(device))
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten(), ignore_index=-100)
+            loss = loss_of(ids.to(device), targets.to(device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers_:

@@ -325,7 +325,8 @@ TEST(Sampler, LogprobsAreOfTheRawLogits) {
     EXPECT_EQ(sampled.logprob->top[i].first, order[i]);
     EXPECT_NEAR(sampled.logprob->top[i].second, logits[order[i]] - std::log(sum), 1e-5);
   }
-  EXPECT_EQ(sampler.Logprob(logits, 3, 100).top.size(), 50u);
+  EXPECT_EQ(sampler.Logprob(logits, 3, 100).top.size(), static_cast<size_t>(kMaxTopLogprobs));
+  EXPECT_EQ(Sampler(5).Logprob(RandomLogits(5, 9), 3, kMaxTopLogprobs).top.size(), 5u);
   EXPECT_TRUE(sampler.Logprob(logits, 3, 0).top.empty());
 }
 

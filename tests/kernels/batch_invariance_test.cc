@@ -83,22 +83,47 @@ TEST_P(BatchInvariance, MatMul) {
   }
 }
 
-// Rows that are already in a kernel's form give what they give when put into it anew, also where the second
-// product needs another form.
-TEST_P(BatchInvariance, MatMulOfTheSameRows) {
-  const int64_t in = 256, out = 40;
-  for (const DType second : kDTypes) {
-    for (const int64_t rows : {1, 7, 33}) {
-      const Weight first = Loaded(*three_, RandomMatrix(random_, DType::kQ8_0, out, in));
-      const Weight weight = Loaded(*three_, RandomMatrix(random_, second, out, in));
-      const std::vector<float> x = Normals(random_, rows * in), other = Normals(random_, rows * in);
-      std::vector<float> ignored(rows * out), anew(rows * out), reused(rows * out);
-      three_->MatMul({other.data(), weight.view, nullptr, ignored.data(), rows, false});
-      three_->MatMul({x.data(), weight.view, nullptr, anew.data(), rows, false});
-      three_->MatMul({other.data(), weight.view, nullptr, ignored.data(), rows, false});
-      three_->MatMul({x.data(), first.view, nullptr, ignored.data(), rows, false});
-      three_->MatMul({x.data(), weight.view, nullptr, reused.data(), rows, false, /*same_x=*/true});
-      EXPECT_TRUE(SameBits(reused, anew)) << Name(second) << " rows " << rows;
+// Products of the same rows in one op, of what another op makes or not, give what they give one by one, also
+// where the next needs the rows in another form.
+TEST_P(BatchInvariance, SeveralMatMulsOfTheSameRows) {
+  const int64_t in = 256, outs[] = {40, 7, 65};
+  const std::vector<float> scales = Normals(random_, in), bias = Normals(random_, outs[2]);
+  for (const DType dtype : kDTypes) {
+    const Weight weights[] = {Loaded(*three_, RandomMatrix(random_, DType::kQ8_0, outs[0], in)),
+                              Loaded(*three_, RandomMatrix(random_, dtype, outs[1], in)),
+                              Loaded(*three_, RandomMatrix(random_, dtype, outs[2], in))};
+    for (const int64_t rows :
+         IsCuda(GetParam()) ? std::vector<int64_t>{9} : std::vector<int64_t>{1, 9, 300}) {
+      const std::vector<float> gate = Normals(random_, rows * in), up = Normals(random_, rows * in);
+      const std::vector<float> before = Normals(random_, rows * outs[2]);
+      enum class Maker { kNone, kNorm, kSwiGlu };
+      for (const Maker maker : {Maker::kNone, Maker::kNorm, Maker::kSwiGlu}) {
+        const auto run = [&](bool together) {
+          std::vector<float> x = gate, y(rows * (outs[0] + outs[1]));
+          y.insert(y.end(), before.begin(), before.end());
+          float* const first = y.data();
+          float* const second = first + rows * outs[0];
+          const MatMulArgs products[] = {
+              {x.data(), weights[0].view, nullptr, first, rows},
+              {x.data(), weights[1].view, nullptr, second, rows},
+              {x.data(), weights[2].view, bias.data(), second + rows * outs[1], rows, /*accumulate=*/true}};
+          const RmsNormArgs norm{x.data(), scales.data(), x.data(), rows, in, 1e-5f};
+          const SwiGluArgs swiglu{x.data(), up.data(), x.data(), rows, in};
+          if (!together) {
+            if (maker == Maker::kNorm) three_->RmsNorm(norm);
+            if (maker == Maker::kSwiGlu) three_->SwiGlu(swiglu);
+            for (const MatMulArgs& product : products) three_->MatMul(product);
+          } else if (maker == Maker::kNone) {
+            three_->MatMuls(products);
+          } else {
+            maker == Maker::kNorm ? three_->RmsNormAndMatMuls(norm, products)
+                                  : three_->SwiGluAndMatMuls(swiglu, products);
+          }
+          return y;
+        };
+        EXPECT_TRUE(SameBits(run(true), run(false)))
+            << Name(dtype) << " rows " << rows << " maker " << static_cast<int>(maker);
+      }
     }
   }
 }
