@@ -181,11 +181,17 @@ class CudaBackend final : public Backend {
     });
   }
 
-  void MatMul(const MatMulArgs& args) override {
-    Check(cuda::MatMul(context_, args), "MatMul", [&] {
-      return absl::StrCat(MatrixShape(args.rows, args.weight.cols), " by ",
-                          std::string(Name(args.weight.dtype)), " ",
-                          MatrixShape(args.weight.rows, args.weight.cols));
+  void MatMul(const MatMulArgs& args) override { MatMuls({&args, 1}); }
+
+  void MatMuls(std::span<const MatMulArgs> products) override {
+    Check(cuda::MatMuls(context_, products), "MatMul", [&] {
+      std::string shapes;
+      for (const MatMulArgs& args : products) {
+        absl::StrAppend(&shapes, shapes.empty() ? MatrixShape(args.rows, args.weight.cols) : " and", " by ",
+                        std::string(Name(args.weight.dtype)), " ",
+                        MatrixShape(args.weight.rows, args.weight.cols));
+      }
+      return shapes;
     });
   }
 

@@ -3,17 +3,22 @@
 //   bf16 whose rows are 16-byte aligned, and q8_0, whose weights are rounded to bf16 on their way: tensor
 //     cores, x rounded to bf16. Slices of kSlice products are summed by m16n8k16 steps in the order that
 //     StepsOf() gives, then the slices from first to last.
-//   anything else: fp32 multiply-adds, one product after the other.
+//   anything else: fp32 multiply-adds, one product after the other (matmul_float.cu).
 // Two kernels share the tensor-core order. SkinnyKernel, for decoding, is bound by the bytes of W: they go
 // from global memory straight into fragments, slices of one output are spread over the warps of a block.
 // TiledKernel, for prefill, is bound by arithmetic: W and x come through shared memory, three stages deep.
+#include <limits>
+#include <span>
 #include <type_traits>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul_problem.cuh"
 #include "kernels/cuda/ops.h"
 
 namespace atp::cuda {
 namespace {
+
+using Problem = MatMulProblem;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -53,25 +58,6 @@ __device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Ro
   }
 }
 
-struct Problem {
-  const float* x;          // [rows, in]
-  const uint16_t* half;    // x as bf16, for kernels that read it so
-  const void* weight;      // [out, in]
-  const uint16_t* scales;  // [out, in / kChunk], of q8_0
-  const float* bias;       // [out] or null
-  float* y;                // [rows, out]
-  int rows, in, out;
-  bool accumulate;
-  uint8_t padding[3] = {};
-};
-
-__device__ __forceinline__ void WriteOne(const Problem& p, int row, int out, float sum) {
-  if (row >= p.rows || out >= p.out) return;
-  float* y = p.y + static_cast<int64_t>(row) * p.out + out;
-  if (p.bias != nullptr) sum += p.bias[out];
-  *y = p.accumulate ? *y + sum : sum;
-}
-
 // How SkinnyKernel reads x: where it is few rows, as it is; else from the copy in bf16.
 struct ReadF32 {
   static __device__ __forceinline__ Row8 Load(const Problem& p, int row, int at) {
@@ -97,7 +83,8 @@ struct WeightQ8 {
   static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
     const int64_t element = static_cast<int64_t>(out) * p.in + at;
     const auto* weight = static_cast<const int8_t*>(p.weight) + element;
-    return FromQ8(__ldcs(reinterpret_cast<const uint2*>(weight)), HalfToFloat(p.scales[static_cast<uint64_t>(element) / kChunk]));
+    return FromQ8(__ldcs(reinterpret_cast<const uint2*>(weight)),
+                  HalfToFloat(p.scales[static_cast<uint64_t>(element) / kChunk]));
   }
 };
 
@@ -128,16 +115,30 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
   }
 }
 
-// A block computes kOutTiles · 16 outputs of all rows; p.rows <= kRowTiles · 8. Its warps take one slice each
-// of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
+// Products of the same x that go together: one alone may be fewer blocks than the device has room for.
+constexpr int kMostTogether = 3;
+struct Products {
+  Problem of[kMostTogether];
+  int blocks[kMostTogether];  // of the last one there is, not read
+  int padding = 0;
+};
+
+// A block computes kOutTiles · 16 outputs of all rows of a product; rows <= kRowTiles · 8. Its warps take one
+// slice each of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
 template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
-__global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
+__global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products) {
   constexpr int kOuts = kOutTiles * 16, kSums = kOuts * kRowTiles * 8;
   constexpr int kPerThread = (kSums + kThreads - 1) / kThreads;
   SharedArena arena;
   const Shared<float> partial = arena.Take<float>(2 * kWarps * kSums);
   const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, lane = me % kWarpSize;
-  const int first_out = static_cast<int>(blockIdx.x) * kOuts;
+  int block = static_cast<int>(blockIdx.x), product = 0;
+  while (product + 1 < kMostTogether && block >= products.blocks[product])
+    block -= products.blocks[product++];
+  const Problem& own = products.of[product];
+  Problem p = products.of[0];  // whose x is everybody's
+  p.weight = own.weight, p.scales = own.scales, p.out = own.out;
+  const int first_out = block * kOuts;
   const int slices = CeilDiv(p.in, kSlice);
   float totals[kPerThread] = {};
   for (int round = 0; round * kWarps < slices; ++round) {
@@ -161,6 +162,7 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
       for (int w = 0; w < full; ++w) totals[k] += partial[buffer + w * kSums + at];
     }
   }
+  p.bias = own.bias, p.y = own.y, p.accumulate = own.accumulate;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int at = me + k * kThreads;
@@ -339,71 +341,22 @@ __global__ void __launch_bounds__(kThreads) RoundKernel(const float* x, uint16_t
       make_uint4(PackBF16(a.x, a.y), PackBF16(a.z, a.w), PackBF16(b.x, b.y), PackBF16(b.z, b.w));
 }
 
-constexpr int kPlainTile = 32;  // rows and outputs of a block, and its depth
-
-struct PlainF32 {
-  using Stored = float;
-  static __device__ __forceinline__ float Value(float stored) { return stored; }
-};
-struct PlainBF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
-};
-struct PlainF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
-};
-
-// fp32 products for every weight type and shape. A thread has one output of four rows.
-template <class Weight>
-__global__ void __launch_bounds__(kThreads) PlainKernel(Problem p) {
-  constexpr int kStride = kPlainTile + 1, kRowsPerThread = kPlainTile * kPlainTile / kThreads;
-  SharedArena arena;
-  const Shared<float> xs = arena.Take<float>(kPlainTile * kStride);
-  const Shared<float> ws = arena.Take<float>(kPlainTile * kStride);
-  const int column = static_cast<int>(threadIdx.x) % kPlainTile,
-            band = static_cast<int>(threadIdx.x) / kPlainTile;
-  const int first_row = static_cast<int>(blockIdx.x) * kPlainTile,
-            first_out = static_cast<int>(blockIdx.y) * kPlainTile;
-  const auto* weight = static_cast<const typename Weight::Stored*>(p.weight);
-  float sums[kRowsPerThread] = {};
-  for (int at = 0; at < p.in; at += kPlainTile) {
-    const int k = at + column;
-#pragma unroll
-    for (int i = band; i < kPlainTile; i += kThreads / kPlainTile) {
-      const int row = first_row + i, out = first_out + i;
-      xs[i * kStride + column] = row < p.rows && k < p.in ? p.x[static_cast<int64_t>(row) * p.in + k] : 0.0f;
-      ws[i * kStride + column] =
-          out < p.out && k < p.in ? Weight::Value(weight[static_cast<int64_t>(out) * p.in + k]) : 0.0f;
-    }
-    __syncthreads();
-    for (int d = 0; d < min(kPlainTile, p.in - at); ++d) {
-      const float w = ws[column * kStride + d];
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) sums[r] += xs[(band * kRowsPerThread + r) * kStride + d] * w;
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    WriteOne(p, first_row + band * kRowsPerThread + r, first_out + column, sums[r]);
-  }
-}
-
-template <class Weight>
-cudaError_t Plain(const OpContext& context, const Problem& p) {
-  const dim3 grid(static_cast<unsigned>(CeilDiv(p.rows, kPlainTile)),
-                  static_cast<unsigned>(CeilDiv(p.out, kPlainTile)));
-  return Launch("MatMul plain", PlainKernel<Weight>, grid, dim3(kThreads),
-                2 * SharedBytes<float>(kPlainTile * (kPlainTile + 1)), context.stream, p);
-}
-
 template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
-cudaError_t Skinny(const OpContext& context, const Problem& p) {
+cudaError_t Skinny(const OpContext& context, std::span<const Problem> problems) {
   constexpr int kOuts = kOutTiles * 16;
+  Products products{};
+  int blocks = 0;
+  for (size_t i = 0; i < kMostTogether; ++i) {
+    // Those that are not there have no blocks, and the last of all takes what is left.
+    products.blocks[i] = std::numeric_limits<int>::max();
+    if (i >= problems.size()) continue;
+    products.of[i] = problems[i];
+    products.blocks[i] = CeilDiv(problems[i].out, kOuts);
+    blocks += products.blocks[i];
+  }
   return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX, ReadW>,
-                dim3(static_cast<unsigned>(CeilDiv(p.out, kOuts))), dim3(kThreads),
-                SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, p);
+                dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, products);
 }
 
 template <int kOutTiles, int kRowTiles, bool kQ8>
@@ -421,24 +374,54 @@ constexpr int kMostRowsAsTheyAre = 16;
 constexpr int kMostSkinnyRows = 32;
 constexpr int kMostRowsOfSmallTiles = 256;
 
-template <bool kQ8>
-cudaError_t TensorCores(const OpContext& context, Problem p) {
-  using ReadW = std::conditional_t<kQ8, WeightQ8, WeightBF16>;
-  if (p.rows <= 8) return Skinny<1, 1, ReadF32, ReadW>(context, p);
-  if (p.rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, ReadW>(context, p);
-  const int64_t count = static_cast<int64_t>(p.rows) * p.in;
+bool OnTensorCores(const MatMulArgs& args) {
+  return args.weight.dtype == DType::kQ8_0 ||
+         (args.weight.dtype == DType::kBF16 && args.weight.cols % 8 == 0);
+}
+
+// x as bf16: [rows, in].
+cudaError_t Round(const OpContext& context, const MatMulArgs& args, const uint16_t** half) {
+  const int64_t count = args.rows * args.weight.cols;
   cudaError_t error;
-  auto* half = static_cast<uint16_t*>(
+  auto* to = static_cast<uint16_t*>(
       context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), &error));
-  if (half == nullptr) return error;
+  if (to == nullptr) return error;
+  *half = to;
   const auto blocks = static_cast<unsigned>(CeilDiv<int64_t, int64_t>(count, kThreads * 8));
-  error =
-      Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, p.x, half, count);
-  if (error != cudaSuccess) return error;
-  p.half = half;
-  if (p.rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, ReadW>(context, p);
-  if (p.rows <= kMostRowsOfSmallTiles) return Tiled<1, 4, kQ8>(context, p);
-  return Tiled<2, 8, kQ8>(context, p);
+  return Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, args.x, to,
+                count);
+}
+
+// Up to kMostTogether problems of the same x.
+template <bool kQ8>
+cudaError_t TensorCores(const OpContext& context, std::span<const Problem> problems) {
+  using ReadW = std::conditional_t<kQ8, WeightQ8, WeightBF16>;
+  const int rows = problems[0].rows;
+  if (rows <= 8) return Skinny<1, 1, ReadF32, ReadW>(context, problems);
+  if (rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, ReadW>(context, problems);
+  if (rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, ReadW>(context, problems);
+  for (const Problem& p : problems) {
+    const cudaError_t error =
+        rows <= kMostRowsOfSmallTiles ? Tiled<1, 4, kQ8>(context, p) : Tiled<2, 8, kQ8>(context, p);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+Problem ProblemOf(const MatMulArgs& args, const uint16_t* half) {
+  const std::byte* scales = nullptr;
+  if (args.weight.dtype == DType::kQ8_0)
+    scales = static_cast<const std::byte*>(args.weight.data) + args.weight.rows * args.weight.cols;
+  return {args.x,
+          half,
+          args.weight.data,
+          reinterpret_cast<const uint16_t*>(scales),
+          args.bias,
+          args.y,
+          static_cast<int>(args.rows),
+          static_cast<int>(args.weight.cols),
+          static_cast<int>(args.weight.rows),
+          args.accumulate};
 }
 
 }  // namespace
@@ -447,27 +430,27 @@ size_t MatMulBytes(const StepLimits& limits) {
   return static_cast<size_t>(limits.rows * limits.widest) * sizeof(uint16_t);
 }
 
-cudaError_t MatMul(const OpContext& context, const MatMulArgs& args) {
-  if (args.rows == 0) return cudaSuccess;
-  Problem p = {args.x,
-               nullptr,
-               args.weight.data,
-               nullptr,
-               args.bias,
-               args.y,
-               static_cast<int>(args.rows),
-               static_cast<int>(args.weight.cols),
-               static_cast<int>(args.weight.rows),
-               args.accumulate};
-  if (args.weight.dtype == DType::kQ8_0) {
-    const int64_t elements = args.weight.rows * args.weight.cols;
-    p.scales = reinterpret_cast<const uint16_t*>(static_cast<const int8_t*>(p.weight) + elements);
-    return TensorCores<true>(context, p);
+cudaError_t MatMuls(const OpContext& context, std::span<const MatMulArgs> products) {
+  if (products.empty() || products[0].rows == 0) return cudaSuccess;
+  const uint16_t* half = nullptr;
+  cudaError_t error = cudaSuccess;
+  for (size_t i = 0; i < products.size() && error == cudaSuccess;) {
+    const DType dtype = products[i].weight.dtype;
+    if (!OnTensorCores(products[i])) {
+      error = MatMulFloat(context, ProblemOf(products[i++], nullptr), dtype);
+      continue;
+    }
+    if (half == nullptr && products[i].rows > kMostRowsAsTheyAre) error = Round(context, products[i], &half);
+    if (error != cudaSuccess) return error;
+    Problem together[kMostTogether];
+    size_t count = 0;
+    while (count < kMostTogether && i < products.size() && products[i].weight.dtype == dtype)
+      together[count++] = ProblemOf(products[i++], half);
+    const std::span<const Problem> problems(together, count);
+    error =
+        dtype == DType::kQ8_0 ? TensorCores<true>(context, problems) : TensorCores<false>(context, problems);
   }
-  if (args.weight.dtype == DType::kBF16) {
-    return p.in % 8 == 0 ? TensorCores<false>(context, p) : Plain<PlainBF16>(context, p);
-  }
-  return args.weight.dtype == DType::kF16 ? Plain<PlainF16>(context, p) : Plain<PlainF32>(context, p);
+  return error;
 }
 
 }  // namespace atp::cuda

@@ -31,7 +31,7 @@ struct OpContext {
 };
 
 cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args);          // gather.cu
-cudaError_t MatMul(const OpContext& context, const MatMulArgs& args);                  // matmul.cu
+cudaError_t MatMuls(const OpContext& context, std::span<const MatMulArgs> products);   // matmul.cu
 cudaError_t RmsNorm(const OpContext& context, const RmsNormArgs& args);                // norm.cu
 cudaError_t Rope(const OpContext& context, const RopeArgs& args);                      // rope.cu
 cudaError_t SwiGlu(const OpContext& context, const SwiGluArgs& args);                  // activation.cu

@@ -93,7 +93,7 @@ TEST_P(BatchInvariance, SeveralMatMulsOfTheSameRows) {
                               Loaded(*three_, RandomMatrix(random_, dtype, outs[1], in)),
                               Loaded(*three_, RandomMatrix(random_, dtype, outs[2], in))};
     for (const int64_t rows :
-         IsCuda(GetParam()) ? std::vector<int64_t>{9} : std::vector<int64_t>{1, 9, 300}) {
+         IsCuda(GetParam()) ? std::vector<int64_t>{9, 20, 40} : std::vector<int64_t>{1, 9, 300}) {
       const std::vector<float> gate = Normals(random_, rows * in), up = Normals(random_, rows * in);
       const std::vector<float> before = Normals(random_, rows * outs[2]);
       enum class Maker { kNone, kNorm, kSwiGlu };
