@@ -2,7 +2,7 @@
 // way back, through pinned memory; and the scratch of ops.
 //
 // Nothing here waits for the device inside a step. Memory is reserved at start for the largest step; one that
-// needs more all the same (many sequences over one long prefix) grows it, for good.
+// needs more all the same (block tables of many sequences over one long prefix) grows it, for good.
 #ifndef ATP_KERNELS_CUDA_STAGING_H_
 #define ATP_KERNELS_CUDA_STAGING_H_
 

@@ -219,10 +219,9 @@ TEST(CudaStep, CompressedHistoriesToo) {
   settings.bits = 8;
   settings.segment_tokens = 16;
   settings.window_tokens = 0;
-  std::vector<std::vector<TokenId>> prompts(2, std::vector<TokenId>(37));
-  for (size_t i = 0; i < prompts[0].size(); ++i) {
-    prompts[0][i] = static_cast<TokenId>(i * i % 61);
-    prompts[1][i] = static_cast<TokenId>((i * 5 + 3) % 67);
+  std::vector<std::vector<TokenId>> prompts = {std::vector<TokenId>(37), std::vector<TokenId>(20)};
+  for (size_t p = 0; p < prompts.size(); ++p) {
+    for (size_t i = 0; i < prompts[p].size(); ++i) prompts[p][i] = static_cast<TokenId>((i + 5 * p) * i % 61);
   }
   std::unique_ptr<Backend> device = Device();
   Backend* const backend = device.get();
