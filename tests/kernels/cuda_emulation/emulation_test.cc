@@ -316,6 +316,43 @@ TEST_F(Emulation, AFindingInAGraphShowsAtTheNextSynchronization) {
   EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
 }
 
+TEST_F(Emulation, GraphsRefuseWhatADriverWould) {
+  DeclareKernel("TreeSum", TreeSum);
+  const float* in = in_;
+  float* out = out_;
+  int skip = -1;
+  void* arguments[] = {&in, &out, &skip};
+  cudaKernelNodeParams params = {reinterpret_cast<void*>(TreeSum), dim3(3),   dim3(kThreads),
+                                 SharedBytes<float>(kThreads),     arguments, nullptr};
+  cudaGraph_t graph, other;
+  cudaGraphNode_t first, second, of_other;
+  ASSERT_EQ(cudaGraphCreate(&graph, 0), cudaSuccess);
+  ASSERT_EQ(cudaGraphCreate(&other, 0), cudaSuccess);
+  ASSERT_EQ(cudaGraphAddKernelNode(&first, graph, nullptr, 0, &params), cudaSuccess);
+  ASSERT_EQ(cudaGraphAddKernelNode(&of_other, other, nullptr, 0, &params), cudaSuccess);
+  // Two nodes that could run at once: a kernel here reads what the last one wrote.
+  EXPECT_NE(cudaGraphAddKernelNode(&second, graph, nullptr, 0, &params), cudaSuccess);
+  cudaGraphExec_t executable;
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  EXPECT_EQ(cudaGraphExecKernelNodeSetParams(executable, first, &params), cudaSuccess);
+  EXPECT_NE(cudaGraphExecKernelNodeSetParams(executable, of_other, &params), cudaSuccess);
+  params.func = &params;  // no kernel
+  EXPECT_NE(cudaGraphExecKernelNodeSetParams(executable, first, &params), cudaSuccess);
+  // The executable has its own copy of the arguments.
+  in = nullptr, out = nullptr;
+  EXPECT_EQ(cudaGraphLaunch(executable, nullptr), cudaSuccess);
+  EXPECT_THAT(out_, ::testing::ElementsAre(2016, 6112, 10208));
+  EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(other), cudaSuccess);
+  // More shared memory than every kernel has is to be asked for first.
+  in = in_, out = out_;
+  EXPECT_NE(cudaLaunchKernel(reinterpret_cast<void*>(TreeSum), dim3(3), dim3(kThreads), arguments, 50 << 10,
+                             nullptr),
+            cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
+}
+
 TEST(SizeClass, IsTheNextOfFourSizesPerPowerOfTwo) {
   const std::pair<size_t, size_t> sizes[] = {{0, 256},     {1, 256},     {256, 256},   {257, 512},
                                              {1024, 1024}, {1025, 1280}, {1792, 1792}, {1793, 2048},
