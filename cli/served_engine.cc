@@ -122,6 +122,7 @@ absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const int fitted = *plan == nullptr ? 0 : (*plan)->FittedSegments(context);
   if (fitted > 0) {
     loaded->compression.peak_blocks = (*plan)->PeakBlocks(0, context, fitted);
+    if (absl::Status reserved = loaded->model->ReserveFits(**plan); !reserved.ok()) return reserved;
   } else {
     const CompressionSettings asked = std::exchange(loaded->compression.settings, {});
     // Nothing is spent on what never happens.

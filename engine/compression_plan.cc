@@ -110,6 +110,20 @@ CompressionPlan::CompressionPlan(const CompressionSettings& settings, const Comp
   id_ = Hash();
 }
 
+CompressionPlan::FitSize CompressionPlan::LargestFit() const {
+  FitSize largest;
+  const int segments = FittedSegments(shape_.max_positions);
+  for (int segment = 0; segment < segments; ++segment) {
+    const std::span<const int32_t> counts = GroupEntries(segment);
+    for (int head = 0; head < static_cast<int>(counts.size()); ++head) {
+      const int state = Replaces(segment) ? StatePages(segment - 1, head) * Page(head)->entries() : 0;
+      largest.entries = std::max(largest.entries, state + settings_.segment_tokens);
+      largest.count = std::max<int>(largest.count, counts[head]);
+    }
+  }
+  return largest;
+}
+
 std::vector<int32_t> CompressionPlan::LevelEntries(int32_t count) const {
   std::vector<int32_t> entries = {count};
   const int cap = settings_.max_principal_keys;

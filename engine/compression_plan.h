@@ -160,6 +160,14 @@ class CompressionPlan {
     return segment == 0 || Replaces(segment) ? settings_.sink_tokens : 0;
   }
 
+  // --- fits ---
+  // The largest of up to max_positions tokens: entries of one head that go into it (padding included), and
+  // that come out.
+  struct FitSize {
+    int entries = 0, count = 0;
+  };
+  FitSize LargestFit() const;
+
   // --- references ---
   int samples() const { return samples_; }  // per query head and segment
   // Which sample the token at `offset` in its segment is, or -1. The last token is always one.

@@ -96,6 +96,13 @@ absl::StatusOr<KvCache> KvCache::Create(Backend* backend, const Shape& shape, si
     return absl::Status(memory.status().code(), absl::StrCat("kv cache: ", memory.status().message(),
                                                              "; lower kv_cache.memory_bytes"));
   }
+  // A block of principal entries may have up to kBlockParts pages, but those with more than one are few.
+  StepLimits limits;
+  limits.blocks = static_cast<int64_t>(num_blocks) * (shape.compressible ? 2 : 1);
+  if (absl::Status reserved = backend->Reserve(limits); !reserved.ok()) {
+    return absl::Status(reserved.code(), absl::StrCat("block tables of the kv cache: ", reserved.message(),
+                                                      "; lower kv_cache.memory_bytes"));
+  }
   cache.memory_ = *std::move(memory);
   cache.num_blocks_ = static_cast<int64_t>(num_blocks);
   return cache;

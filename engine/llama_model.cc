@@ -101,7 +101,7 @@ struct LlamaModel::Activations {
   Buffer logits;                      // [logit_rows, vocab]
   Buffer inverse_frequency;           // [head_dim / 2]
   Buffer host_logits;                 // [logit_rows, vocab]; pages that no step reaches take no memory
-  std::vector<KvSequence> sequences;  // scratch: the batch's entries as ops see them, in one layer
+  std::vector<KvSequence> sequences;  // scratch: [layers, entries], the batch's entries as ops see them
 };
 
 absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& model_path, Backend* backend,
@@ -187,8 +187,41 @@ absl::Status LlamaModel::AllocateActivations() {
   absl::StatusOr<Buffer> host_logits = AllocateHostMemory(a.logits.bytes());
   if (!host_logits.ok()) return host_logits.status();
   a.host_logits = *std::move(host_logits);
-  a.sequences.reserve(static_cast<size_t>(limits_.max_batch_entries));
-  return absl::OkStatus();
+  a.sequences.reserve(static_cast<size_t>(limits_.max_batch_entries) * static_cast<size_t>(config_.layers));
+  return ReserveScratch();
+}
+
+absl::Status LlamaModel::ReserveScratch() {
+  StepLimits step;
+  step.rows = limits_.max_batch_rows;
+  step.logit_rows = limits_.max_logit_rows;
+  step.sequences = limits_.max_batch_entries;
+  step.vocab = config_.vocab_size;
+  step.widest = std::max<int64_t>(
+      {config_.hidden_size, config_.intermediate_size, int64_t{config_.heads} * config_.head_dim});
+  step.layers = config_.layers;
+  step.heads = config_.heads;
+  step.kv_heads = config_.kv_heads;
+  step.head_dim = config_.head_dim;
+  const absl::Status reserved = backend_->Reserve(step);
+  if (reserved.ok()) return reserved;
+  return absl::Status(reserved.code(),
+                      absl::StrCat("scratch of steps of ", step.rows, " rows, ", step.logit_rows,
+                                   " of them with logits: ", reserved.message(),
+                                   "; lower the tokens or the sequences per step"));
+}
+
+absl::Status LlamaModel::ReserveFits(const CompressionPlan& plan) {
+  const CompressionPlan::FitSize fit = plan.LargestFit();
+  StepLimits step;
+  step.fit_entries = fit.entries;
+  step.fit_count = fit.count;
+  step.fit_references = static_cast<int64_t>(config_.heads / config_.kv_heads) * plan.samples();
+  const absl::Status reserved = backend_->Reserve(step);
+  if (reserved.ok()) return reserved;
+  return absl::Status(reserved.code(),
+                      absl::StrCat("scratch of fits of ", fit.entries, " keys: ", reserved.message(),
+                                   "; lower atp.max_principal_keys or atp.segment_tokens"));
 }
 
 absl::StatusOr<std::span<const float>> LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache) {
@@ -208,9 +241,21 @@ absl::Status LlamaModel::Forward(const Batch& batch, const KvCache& kv_cache, st
   return backend_->Synchronize();
 }
 
+void LlamaModel::BeginStep(const Batch& batch, const KvCache& kv_cache) {
+  CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
+  compactor_.Begin(batch);
+  fit_time_ = absl::ZeroDuration();
+  std::vector<KvSequence>& sequences = activations_->sequences;
+  sequences.clear();
+  for (int l = 0; l < config_.layers; ++l) {
+    for (const BatchEntry& e : batch.entries)
+      sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
+  }
+  backend_->BeginStep({sequences, config_.layers, batch.positions, kv_cache.pool(), config_.kv_heads});
+}
+
 // Of the rows that are wanted, to Activations::logits.
 void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
-  CheckBatch(batch, kv_cache, config_, limits_, activations_->low_rank_rows);
   const LlamaConfig& c = config_;
   Activations& a = *activations_;
   const int64_t rows = batch.rows();
@@ -228,15 +273,12 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
   const auto norm = [&](const float* x, const Weight& weight, float* y, int64_t n) -> RmsNormArgs {
     return {x, static_cast<const float*>(weight.view.data), y, n, c.hidden_size, c.rms_norm_eps};
   };
-  compactor_.Begin(batch);
-  fit_time_ = absl::ZeroDuration();
+  BeginStep(batch, kv_cache);
   backend_->GatherRows({weights_.embedding.view, batch.tokens, hidden});
   for (int l = 0; l < c.layers; ++l) {
     const LlamaLayerWeights& w = weights_.layers[static_cast<size_t>(l)];
-    a.sequences.clear();
-    for (const BatchEntry& e : batch.entries) {
-      a.sequences.push_back({e.first_row, e.rows, e.exact_entries, e.table->Layer(l)});
-    }
+    const size_t count = batch.entries.size();
+    const std::span<const KvSequence> sequences(&a.sequences[static_cast<size_t>(l) * count], count);
     RunLinear(batch, kQueryKeyValue, norm(hidden, w.attention_norm, normed, rows),
               std::array<Linear, 3>{{{&w.query, &w.query_bias, query},
                                      {&w.key, &w.key_bias, key},
@@ -244,9 +286,9 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     if (const std::span<const QuerySampleRow> kept = compactor_.Queries(l); !kept.empty()) {
       backend_->StoreQueries({query, kept, kv_cache.pool(), &kv_cache.query_page(), c.heads});
     }
-    backend_->RotateAndStore({query, key, value, batch.positions, inverse_frequency, a.sequences,
+    backend_->RotateAndStore({query, key, value, batch.positions, inverse_frequency, sequences,
                               kv_cache.pool(), c.heads, c.kv_heads});
-    backend_->Attention({query, attended, a.sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
+    backend_->Attention({query, attended, sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
     FitPrincipalKeys(l, kv_cache);
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
                       rows, /*accumulate=*/true});

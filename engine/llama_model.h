@@ -44,6 +44,9 @@ class LlamaModel {
   // Takes memory for batches with low-rank segments of up to this many rows; needed before the first of them.
   // A start-up call. ResourceExhausted names the bytes; FailedPrecondition: the backend has no such ops.
   absl::Status ReserveLowRank(int segment_tokens);
+  // Takes memory for the fits of sequences with this plan: a start-up call, for what would else be taken by
+  // the first of them. ResourceExhausted names the bytes.
+  absl::Status ReserveFits(const CompressionPlan& plan);
   // How the backend's products with this model's weights compare: Backend::LowRankMatMulSpeed().
   double low_rank_matmul_speed() const { return backend_->LowRankMatMulSpeed(weights_.dtype); }
 
@@ -64,11 +67,13 @@ class LlamaModel {
   struct Activations;
   LlamaModel(LlamaConfig config, LlamaWeights weights, Backend* backend, const ModelLimits& limits);
   absl::Status AllocateActivations();
+  absl::Status ReserveScratch();
   absl::Status Reserve(Buffer* buffer, int64_t rows, int64_t cols);
   struct Linear;
   template <class Maker>
   void RunLinear(const Batch& batch, LinearLayers layers, const Maker& maker,
                  std::span<const Linear> linears);
+  void BeginStep(const Batch& batch, const KvCache& kv_cache);
   void ComputeLogits(const Batch& batch, const KvCache& kv_cache);
   void FitPrincipalKeys(int layer, const KvCache& kv_cache);
 

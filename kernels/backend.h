@@ -49,8 +49,16 @@ class Backend {
   // CanQuantizeTo(dtype), kernels/quantized.h). Where the result has `memory`, the host's is no longer
   // needed. InvalidArgument: cols is not a multiple of dtype's block, or there is no such conversion.
   virtual absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) = 0;
+  // Start-up only: memory for what ops of steps up to these limits need beside their arguments, each limit
+  // for itself the largest that any call has named. ResourceExhausted as Allocate().
+  virtual absl::Status Reserve(const StepLimits& /*limits*/) { return absl::OkStatus(); }
   virtual void CopyToDevice(void* device, const void* host, size_t bytes) = 0;
   virtual void CopyToHost(void* host, const void* device, size_t bytes) = 0;
+
+  // Ops up to the next Synchronize() are one step, which a device may prepare and run as a whole: what its
+  // ops do may begin as late as there, or at a copy. The arguments stay as they are until then. No op needs
+  // it: outside a step, or with sequences of its own, it does the same.
+  virtual void BeginStep(const StepArgs& /*args*/) {}
 
   virtual void GatherRows(const GatherRowsArgs& args) = 0;
   virtual void MatMul(const MatMulArgs& args) = 0;

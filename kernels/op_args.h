@@ -90,6 +90,16 @@ struct KvPool {
   const KvPage* exact = nullptr;
 };
 
+// What the ops of a step share. Where theirs are views of these (one layer of `sequences`, all of
+// `positions`) a device has the contents already.
+struct StepArgs {
+  std::span<const KvSequence> sequences;  // host, [layers, sequences of the batch]
+  int layers = 0;
+  std::span<const int32_t> positions;  // host, [rows]
+  KvPool pool;
+  int kv_heads = 0;
+};
+
 // Writes keys and values of the step's tokens into the exact blocks of their sequences.
 struct StoreKvArgs {
   const float* key = nullptr;    // [rows, kv_heads, head_dim], rotated
@@ -246,6 +256,24 @@ struct SampleTokensArgs {
   int64_t vocab = 0;
   std::span<const SampleRow> rows;  // host
   std::span<SampledRow> out;        // host, one per row, valid after Synchronize()
+};
+
+// What the largest step to come has. 0: nothing of the kind.
+struct StepLimits {
+  int64_t rows = 0;
+  int64_t logit_rows = 0;
+  int64_t sequences = 0;
+  int64_t vocab = 0;
+  int64_t widest = 0;  // columns of a weight matrix
+  int layers = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int64_t blocks = 0;  // ids in the block tables of all layers
+  // Of a principal fit, which has jobs for every kv head of every sequence.
+  int64_t fit_entries = 0;     // principal and exact ones of a job
+  int64_t fit_references = 0;  // group * samples
+  int64_t fit_count = 0;
 };
 
 }  // namespace atp

@@ -5,9 +5,7 @@
 //   many queries  (prefill): each warp goes through all chunks of its sixteen queries.
 // Both fold the same states in the same order (online_softmax.cuh): a token's output is the same bits
 // decoded, in a chunk of a prompt, and beside any others.
-#include <algorithm>
-#include <vector>
-
+#include "kernels/cuda/attention_plan.h"
 #include "kernels/cuda/attention_state.cuh"
 #include "kernels/cuda/attention_unit.cuh"
 #include "kernels/cuda/kv_tables.h"
@@ -17,11 +15,11 @@
 namespace atp::cuda {
 namespace {
 
-constexpr int kQueries = 8;  // of a block of queries: the columns of one product
+constexpr int kQueries = AttentionPlan::kFewQueries;  // of a block of queries: the columns of one product
 static_assert(kWidestHead == kMaxHeadDim);
 constexpr int kThreads = kAttentionThreads;
-// A sequence with at least this many packed queries (rows x group) in a step goes the second way.
-constexpr int kManyQueries = 8 * kQueries;
+using Tile = AttentionPlan::Tile;
+using Work = AttentionPlan::Work;
 
 struct Shape {
   const float* query;  // [rows, heads, head_dim]
@@ -30,24 +28,12 @@ struct Shape {
   float scale;  // of scores, times log2 e
 };
 
-// Queries 8 · tile … of one kv head of one sequence. A packed query is row · group + head of the group.
-struct Tile {
-  int32_t sequence, kv_head, tile;
-  int32_t first_chunk, chunks;  // of Partials; few queries only
-};
-
-// One block's work where queries are few.
-struct Work {
-  int32_t tile;   // index in the tiles
-  int32_t chunk;  // of its part
-  int32_t slot;   // index in Partials
-};
-
 // States of chunks: `queries` per slot.
 struct Partials {
   float* moments;  // [slots, queries, 2]: maximum, total
   float* sums;     // [slots, queries, head_dim]
   int queries;
+  int padding = 0;
 };
 
 // What a tile sees of its head, in one part.
@@ -293,98 +279,33 @@ __global__ void __launch_bounds__(kThreads, kWide ? 1 : 2)
   }
 }
 
-// What each kernel gets to do, made on the host from the entry counts alone.
-struct Plan {
-  std::vector<Tile> few, many;
-  std::vector<Work> work[2][kKvFormatCount];  // [principal][format]
-  bool wide = false;                          // some page is fp32
-  int slots = 0;
-  int queries = 1;  // of a slot
-};
-
-bool HasF32(const AttentionArgs& args) {
-  if (args.pool.exact->format() == KvFormat::kF32) return true;
-  for (const KvSequence& sequence : args.sequences) {
-    for (int h = 0; h < args.kv_heads; ++h) {
-      const KvHeadBlocks& head = sequence.heads[h];
-      if (head.principal_entries > 0 && head.principal_page->format() == KvFormat::kF32) return true;
-    }
-  }
-  return false;
-}
-
-Plan MakePlan(const AttentionArgs& args) {
-  Plan plan;
-  plan.wide = HasF32(args);
-  const int group = args.heads / args.kv_heads;
-  const int tile_queries = plan.wide ? kTileQueries<true> : kTileQueries<false>;
-  for (int s = 0; s < static_cast<int>(args.sequences.size()); ++s) {
-    const KvSequence& sequence = args.sequences[s];
-    const int packed = sequence.rows * group;
-    for (int h = 0; h < args.kv_heads; ++h) {
-      const KvHeadBlocks& head = sequence.heads[h];
-      if (packed >= kManyQueries) {
-        // The last rows see most: they begin first.
-        for (int tile = CeilDiv(packed, tile_queries); tile-- > 0;) plan.many.push_back({s, h, tile, 0, 0});
-        continue;
-      }
-      plan.queries = std::max(plan.queries, std::min(packed, kQueries));
-      for (int tile = 0; tile < CeilDiv(packed, kQueries); ++tile) {
-        const int last_row = (std::min((tile + 1) * kQueries, packed) - 1) / group;
-        const int exact = sequence.exact_entries - sequence.rows + last_row + 1;
-        const int first = plan.slots, index = static_cast<int>(plan.few.size());
-        const auto add = [&](bool principal, KvFormat format, int entries) {
-          for (int chunk = 0; chunk < CeilDiv(entries, kChunkEntries); ++chunk) {
-            plan.work[principal][static_cast<int>(format)].push_back({index, chunk, plan.slots++});
-          }
-        };
-        if (head.principal_entries > 0) add(true, head.principal_page->format(), head.principal_entries);
-        add(false, args.pool.exact->format(), exact);
-        plan.few.push_back({s, h, tile, first, plan.slots - first});
-      }
-    }
-  }
-  return plan;
-}
-
 template <KvFormat kFormat>
 cudaError_t LaunchChunks(const OpContext& context, const KvTables& tables, const Shape& shape,
-                         const Tile* tiles, std::span<const Work> work, bool principal,
+                         const Tile* tiles, const Work* items, size_t count, bool principal,
                          const Partials& partials) {
-  cudaError_t error = cudaSuccess;
-  const Work* items = context.staging->Upload(work, context.stream, &error);
-  if (error != cudaSuccess) return error;
+  if (count == 0) return cudaSuccess;
   // fp32 pages are for tests and small models.
   constexpr int kCommon = kFormat == KvFormat::kF32 ? 0 : 128;
   const auto kernel = shape.head_dim == 128 ? AttendChunks<kFormat, kCommon> : AttendChunks<kFormat, 0>;
   const size_t shared = SharedBytes<float>(kChunkUnits * kQueries * shape.head_dim) +
                         SharedBytes<float>(kChunkUnits * kQueries * 2) +
                         SharedBytes<uint32_t>(QueryFragments<1, kTermsOf<kFormat>>::kWords);
-  return Launch("AttendChunks", kernel, dim3(static_cast<unsigned>(work.size())), dim3(kThreads), shared,
+  return Launch("AttendChunks", kernel, dim3(static_cast<unsigned>(count)), dim3(kThreads), shared,
                 context.stream, tables, shape, tiles, items, principal, partials);
 }
 
-cudaError_t AttendFew(const OpContext& context, const KvTables& tables, const Shape& shape,
-                      const Plan& plan) {
+// The wave's chunks, and what they make of its tiles.
+cudaError_t AttendWave(const OpContext& context, const KvTables& tables, const Shape& shape,
+                       const AttentionPlan& plan, const AttentionPlan::Wave& begin,
+                       const AttentionPlan::Wave& end, const Partials& partials) {
   cudaError_t error = cudaSuccess;
-  const Tile* tiles = context.staging->Upload(std::span<const Tile>(plan.few), context.stream, &error);
-  if (error != cudaSuccess) return error;
-  Partials partials;
-  partials.queries = plan.queries;
-  const size_t states = static_cast<size_t>(plan.slots) * static_cast<size_t>(plan.queries);
-  const size_t sums = states * static_cast<size_t>(shape.head_dim);
-  void* memory = context.workspace->Reserve((sums + 2 * states) * sizeof(float), context.stream, &error);
-  if (error != cudaSuccess) return error;
-  partials.sums = static_cast<float*>(memory);
-  partials.moments = partials.sums + sums;
   for (const bool principal : {true, false}) {
-    const auto& work = plan.work[principal];
     const auto launch = [&](auto kernel_launch, KvFormat format) {
-      const auto& items = work[static_cast<int>(format)];
-      if (error == cudaSuccess && !items.empty()) {
-        error =
-            kernel_launch(context, tables, shape, tiles, std::span<const Work>(items), principal, partials);
-      }
+      if (error != cudaSuccess) return;
+      const auto f = static_cast<int>(format);
+      const size_t first = begin.work_end[principal][f];
+      error = kernel_launch(context, tables, shape, plan.few_tiles, plan.items[principal][f] + first,
+                            end.work_end[principal][f] - first, principal, partials);
     };
     launch(LaunchChunks<KvFormat::kF32>, KvFormat::kF32);
     launch(LaunchChunks<KvFormat::kBF16>, KvFormat::kBF16);
@@ -393,32 +314,60 @@ cudaError_t AttendFew(const OpContext& context, const KvTables& tables, const Sh
     launch(LaunchChunks<KvFormat::kInt4>, KvFormat::kInt4);
   }
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(plan.few.size()), static_cast<unsigned>(plan.queries));
+  const dim3 grid(static_cast<unsigned>(end.tiles_end - begin.tiles_end),
+                  static_cast<unsigned>(plan.queries));
   const int threads = CeilDiv(shape.head_dim, kWarpSize) * kWarpSize;
   return Launch("FoldChunks", FoldChunks, grid, dim3(static_cast<unsigned>(threads)), 0, context.stream,
-                tables, shape, tiles, partials);
+                tables, shape, plan.few_tiles + begin.tiles_end, partials);
+}
+
+cudaError_t AttendFew(const OpContext& context, const KvTables& tables, const Shape& shape,
+                      const AttentionPlan& plan) {
+  cudaError_t error = cudaSuccess;
+  Partials partials;
+  partials.queries = plan.queries;
+  const size_t states = static_cast<size_t>(plan.slots) * static_cast<size_t>(plan.queries);
+  const size_t sums = states * static_cast<size_t>(shape.head_dim);
+  void* memory = context.workspace->Reserve((sums + 2 * states) * sizeof(float), &error);
+  if (memory == nullptr) return error;
+  partials.sums = static_cast<float*>(memory);
+  partials.moments = partials.sums + sums;
+  AttentionPlan::Wave begin;
+  for (const AttentionPlan::Wave& end : plan.waves) {
+    error = AttendWave(context, tables, shape, plan, begin, end, partials);
+    if (error != cudaSuccess) return error;
+    begin = end;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t AttendMany(const OpContext& context, const KvTables& tables, const Shape& shape,
-                       const Plan& plan) {
-  cudaError_t error = cudaSuccess;
-  const Tile* tiles = context.staging->Upload(std::span<const Tile>(plan.many), context.stream, &error);
-  if (error != cudaSuccess) return error;
+                       const AttentionPlan& plan) {
   const auto kernel = plan.wide ? AttendMany<true> : AttendMany<false>;
   const int floats = kThreads * (plan.wide ? FoldedState<kManyBlocks<true>>::kFloats
                                            : FoldedState<kManyBlocks<false>>::kFloats);
   return Launch("AttendMany", kernel, dim3(static_cast<unsigned>(plan.many.size())), dim3(kThreads),
                 2 * SharedBytes<float>(floats) + SharedBytes<uint32_t>(ManyQueryWords(plan.wide)),
-                context.stream, tables, shape, tiles);
+                context.stream, tables, shape, plan.many_tiles);
 }
 
 }  // namespace
 
 cudaError_t Attention(const OpContext& context, const AttentionArgs& args) {
-  cudaError_t error = cudaSuccess;
-  const Plan plan = MakePlan(args);
-  const KvTables tables = UploadKvTables(context, args.sequences, args.pool, args.kv_heads, true, &error);
+  if (args.sequences.empty()) return cudaSuccess;
+  cudaError_t error;
+  const KvTables tables = TablesOf(context, args.sequences, args.pool, args.kv_heads, &error);
   if (error != cudaSuccess) return error;
+  AttentionPlan own;
+  AttentionPlan& plan = InStep(context, args.sequences) ? context.step->plan() : own;
+  if (!plan.Serves(args)) {
+    plan.Make(args, kTileQueries<true>, kTileQueries<false>, context.attention_bytes);
+    error = plan.Upload(context);
+    if (error != cudaSuccess) {
+      plan.Forget();
+      return error;
+    }
+  }
   const Shape shape{
       args.query,         args.out, args.heads, args.heads / args.kv_heads, args.pool.exact->head_dim(),
       args.scale * kLog2E};

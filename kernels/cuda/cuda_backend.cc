@@ -3,13 +3,18 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/staging.h"
+#include "kernels/cuda/step_graph.h"
 #include "kernels/cuda/upload.h"
 #include "kernels/host_memory.h"
 
@@ -38,15 +43,42 @@ int64_t RowsOf(std::span<const KvSequence> sequences) {
   return rows;
 }
 
+// A launch that is to be waited for has to be a launch: with this in the environment there are no graphs.
+bool LaunchesBlock() {
+  const char* value = std::getenv("CUDA_LAUNCH_BLOCKING");
+  return value != nullptr && std::string_view(value) == "1";
+}
+
+// Each the larger one.
+void Include(const StepLimits& more, StepLimits* limits) {
+  const auto include = [](auto value, auto* most) { *most = std::max(*most, value); };
+  include(more.rows, &limits->rows), include(more.logit_rows, &limits->logit_rows);
+  include(more.sequences, &limits->sequences), include(more.vocab, &limits->vocab);
+  include(more.widest, &limits->widest), include(more.layers, &limits->layers);
+  include(more.heads, &limits->heads), include(more.kv_heads, &limits->kv_heads);
+  include(more.head_dim, &limits->head_dim), include(more.blocks, &limits->blocks);
+  include(more.fit_entries, &limits->fit_entries), include(more.fit_references, &limits->fit_references);
+  include(more.fit_count, &limits->fit_count);
+}
+
+// Results of samples and fits.
+size_t BytesToReceive(const StepLimits& limits) {
+  const int64_t fits = limits.fit_entries > 0 ? limits.layers * limits.sequences * limits.kv_heads : 0;
+  const int64_t bytes = limits.logit_rows * static_cast<int64_t>(sizeof(SampledRow)) +
+                        fits * static_cast<int64_t>(sizeof(PrincipalFitReport));
+  return static_cast<size_t>(bytes + bytes / 4) + (64 << 10);  // size classes
+}
+
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(Device device, cudaStream_t stream) : device_(std::move(device)) {
-    context_ = {stream,
+  CudaBackend(Device device, cudaStream_t stream) : device_(std::move(device)), graphs_(!LaunchesBlock()) {
+    context_ = {{stream, &graph_},
                 device_.multiprocessors,
                 device_.capability,
                 static_cast<size_t>(device_.shared_bytes),
                 &staging_,
-                &workspace_};
+                &workspace_,
+                &tables_};
   }
   ~CudaBackend() override {
     cudaStreamSynchronize(context_.stream);
@@ -81,14 +113,16 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  // There are no products of block-quantised weights here: what is to be one is kept as bf16.
+  // q8_0 has products here; what is to be of another block-quantised type is kept as bf16.
   absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
     if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
     Weight weight;
-    weight.view = {nullptr, IsQuantized(dtype) ? DType::kBF16 : dtype, host.rows, host.cols};
+    const bool q8 = dtype == DType::kQ8_0;
+    weight.view = {nullptr, IsQuantized(dtype) && !q8 ? DType::kBF16 : dtype, host.rows, host.cols, q8};
     absl::StatusOr<Buffer> memory = Allocate(weight.view.bytes());
     if (!memory.ok()) return memory.status();
-    const cudaError_t error = uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
+    const cudaError_t error = q8 ? uploader_.CopyAsQ8(memory->data(), host, context_.stream)
+                                 : uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
     if (error != cudaSuccess) {
       return absl::InternalError(
           absl::StrCat("cuda: copying a weight ", MatrixShape(host.rows, host.cols), ": ", Text(error)));
@@ -98,16 +132,47 @@ class CudaBackend final : public Backend {
     return weight;
   }
 
+  absl::Status Reserve(const StepLimits& limits) override {
+    Include(limits, &limits_);
+    const size_t attention = limits_.sequences > 0 ? context_.attention_bytes : 0;
+    const size_t scratch = std::max(
+        {attention, MatMulBytes(limits_), SampleTokensBytes(limits_), FitPrincipalKeysBytes(limits_)});
+    cudaError_t error = cudaStreamSynchronize(context_.stream);
+    if (scratch > workspace_.bytes()) workspace_.Release();
+    if (error == cudaSuccess) workspace_.Reserve(scratch, &error);
+    if (error != cudaSuccess) return OutOfMemory(scratch, error);
+    context_.attention_bytes = std::max(context_.attention_bytes, workspace_.bytes());
+    const size_t sent = StepTables::BytesToSend(limits_), received = BytesToReceive(limits_);
+    error = staging_.Reserve(sent, received);
+    return error == cudaSuccess ? absl::OkStatus() : OutOfMemory(sent + received, error);
+  }
+
   void CopyToDevice(void* device, const void* host, size_t bytes) override {
+    Submit();
     Check(uploader_.Copy(device, host, bytes, context_.stream), "CopyToDevice",
           [&] { return absl::StrCat(bytes, " bytes"); });
   }
 
   void CopyToHost(void* host, const void* device, size_t bytes) override {
     if (bytes == 0) return;
+    Submit();
     cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, context_.stream);
     if (error == cudaSuccess) error = cudaStreamSynchronize(context_.stream);
     Check(error, "CopyToHost", [&] { return absl::StrCat(bytes, " bytes"); });
+  }
+
+  // Steps that only decode become graphs: they are many, short and alike.
+  void BeginStep(const StepArgs& args) override {
+    Submit();
+    const size_t count = args.sequences.size() / static_cast<size_t>(args.layers);
+    const std::span<const KvSequence> layer = args.sequences.first(count);
+    if (graphs_ && std::all_of(layer.begin(), layer.end(), [](const KvSequence& s) { return s.rows == 1; })) {
+      staging_.Defer();
+      graph_.Begin(static_cast<int>(count));
+    }
+    Check(tables_.Begin(context_, args), "BeginStep", [&] {
+      return absl::StrCat(args.layers, " layers, ", count, " sequences, ", args.kv_heads, " kv heads");
+    });
   }
 
   void GatherRows(const GatherRowsArgs& args) override {
@@ -116,11 +181,17 @@ class CudaBackend final : public Backend {
     });
   }
 
-  void MatMul(const MatMulArgs& args) override {
-    Check(cuda::MatMul(context_, args), "MatMul", [&] {
-      return absl::StrCat(MatrixShape(args.rows, args.weight.cols), " by ",
-                          std::string(Name(args.weight.dtype)), " ",
-                          MatrixShape(args.weight.rows, args.weight.cols));
+  void MatMul(const MatMulArgs& args) override { MatMuls({&args, 1}); }
+
+  void MatMuls(std::span<const MatMulArgs> products) override {
+    Check(cuda::MatMuls(context_, products), "MatMul", [&] {
+      std::string shapes;
+      for (const MatMulArgs& args : products) {
+        absl::StrAppend(&shapes, shapes.empty() ? MatrixShape(args.rows, args.weight.cols) : " and", " by ",
+                        std::string(Name(args.weight.dtype)), " ",
+                        MatrixShape(args.weight.rows, args.weight.cols));
+      }
+      return shapes;
     });
   }
 
@@ -179,8 +250,13 @@ class CudaBackend final : public Backend {
   }
 
   absl::Status Synchronize() override {
-    const cudaError_t error = cudaStreamSynchronize(context_.stream);
+    Submit();
+    cudaError_t error = status_.ok() ? staging_.Fetch(context_.stream) : cudaSuccess;
+    const cudaError_t found = cudaStreamSynchronize(context_.stream);
+    if (error == cudaSuccess) error = found;
+    tables_.End();
     staging_.Reset();
+    workspace_.Reset();
     absl::Status status = std::exchange(status_, absl::OkStatus());
     if (status.ok() && error != cudaSuccess) {
       status = absl::InternalError(absl::StrCat("cuda: ", Text(error), ", in one of ", ops_, " ops up to ",
@@ -192,6 +268,17 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  // What was kept for a graph goes to the device; nothing of it, where an op has failed.
+  void Submit() {
+    if (!graph_.open()) return;
+    cudaError_t error = staging_.SendAll(context_.stream);
+    if (error == cudaSuccess && status_.ok()) error = graph_.Launch(context_.stream);
+    graph_.Drop();
+    if (error == cudaSuccess || !status_.ok()) return;
+    status_ = absl::InternalError(
+        absl::StrCat("cuda: launching a step of ", ops_, " ops up to ", last_op_, ": ", Text(error)));
+  }
+
   // Keeps the first error until Synchronize() asks for it. shapes: of the op, for the message.
   template <class Shapes>
   void Check(cudaError_t error, const char* op, const Shapes& shapes) {
@@ -215,6 +302,10 @@ class CudaBackend final : public Backend {
   Staging staging_;
   Workspace workspace_;
   Uploader uploader_;
+  StepTables tables_;
+  StepGraph graph_;
+  const bool graphs_;
+  StepLimits limits_;  // of all Reserve()
   OpContext context_;
   absl::Status status_;  // first error since the last Synchronize()
   int64_t ops_ = 0;      // since then

@@ -21,6 +21,7 @@ struct Rotation {
   const float* inverse_frequency = nullptr;
   float* query = nullptr;  // [rows, heads, head_dim]
   int heads = 0;
+  int padding = 0;
 };
 
 // Of a tile's rows.
@@ -225,8 +226,7 @@ cudaError_t Store(const OpContext& context, const StoreKvArgs& args, const Rotat
   for (const KvSequence& sequence : args.sequences) most = sequence.rows > most ? sequence.rows : most;
   if (most == 0) return cudaSuccess;
   cudaError_t error;
-  const KvTables tables =
-      UploadKvTables(context, args.sequences, args.pool, args.kv_heads, /*principal=*/false, &error);
+  const KvTables tables = TablesOf(context, args.sequences, args.pool, args.kv_heads, &error);
   if (error != cudaSuccess) return error;
   auto* kernel = tables.exact.format == KvFormat::kF32 ? StoreKvKernel<float> : StoreKvKernel<uint16_t>;
   if (tables.exact.format == KvFormat::kFp8) kernel = StoreScaledKvKernel<KvFormat::kFp8>;
@@ -250,7 +250,7 @@ cudaError_t StoreKv(const OpContext& context, const StoreKvArgs& args) { return 
 
 cudaError_t RotateAndStore(const OpContext& context, const RotateAndStoreArgs& args) {
   cudaError_t error;
-  const int32_t* positions = context.staging->Upload(args.positions, context.stream, &error);
+  const int32_t* positions = PositionsOf(context, args.positions, &error);
   if (error != cudaSuccess) return error;
   return Store(context, {args.key, args.value, args.sequences, args.pool, args.kv_heads},
                {positions, args.inverse_frequency, args.query, args.heads});

@@ -10,6 +10,8 @@
 //     blocks are multiples of 32 threads and the mask is kWarpMask. A thread that returned is missing at the
 //     next barrier: leave with the whole block, or stay.
 //   - Shuffles order no memory: __syncwarp() between a write and another lane's read of shared memory.
+//   - Structs that are arguments have no holes, members fill them: a step is known by its arguments' bytes
+//     (step_graph.h).
 #ifndef ATP_KERNELS_CUDA_LAUNCH_H_
 #define ATP_KERNELS_CUDA_LAUNCH_H_
 
@@ -19,6 +21,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "kernels/cuda/step_graph.h"
 #include "kernels/dtype.h"
 
 namespace atp::cuda {
@@ -131,27 +134,28 @@ __device__ __forceinline__ uint32_t PackBF16(float low, float high) {
   return packed;
 }
 
+// The emulation is told what it is about to run.
+template <class... Parameters>
+void DeclareKernel(const char* /*name*/, void (* /*kernel*/)(Parameters...)) {}
+
+#endif  // ATP_CUDA_EMULATION
+
 // A launch names its kernel, for messages. An empty grid launches nothing.
 template <class... Parameters, class... Arguments>
-cudaError_t Launch(const char* /*name*/, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t Launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   size_t shared_bytes, const Stream& stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  DeclareKernel(name, kernel);
+  static constexpr size_t sizes[] = {sizeof(Parameters)...};
   std::tuple<Parameters...> values(arguments...);
   return std::apply(
       [&](auto&... value) {
         void* pointers[] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        return cudaLaunchKernel(function, grid, block, pointers, shared_bytes, stream);
+        return Enqueue(stream, {name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                                pointers, sizes});
       },
       values);
 }
-
-#endif  // ATP_CUDA_EMULATION
 
 __device__ __forceinline__ float LowBF16(uint32_t pair) { return BF16ToFloat(static_cast<uint16_t>(pair)); }
 __device__ __forceinline__ float HighBF16(uint32_t pair) {
@@ -166,6 +170,16 @@ __device__ __forceinline__ uint32_t ToE4M3(float value) {
   return packed;
 #else
   return FloatToE4M3(value);
+#endif
+}
+
+__device__ __forceinline__ float HalfToFloat(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+  return value;
+#else
+  return F16ToFloat(half);
 #endif
 }
 

@@ -1,17 +1,24 @@
 // y = x·Wᵀ + bias (+ y). A result must not depend on how many rows are in the batch, so all kernels of a
 // weight type add up one output in one order:
-//   bf16 whose rows are 16-byte aligned: tensor cores, x rounded to bf16. Slices of kSlice products are
-//   summed
-//     by m16n8k16 steps in the order that StepOf() gives, then the slices from first to last.
-//   anything else: fp32 multiply-adds, one product after the other.
+//   bf16 whose rows are 16-byte aligned, and q8_0, whose weights are rounded to bf16 on their way: tensor
+//     cores, x rounded to bf16. Slices of kSlice products are summed by m16n8k16 steps in the order that
+//     StepsOf() gives, then the slices from first to last.
+//   anything else: fp32 multiply-adds, one product after the other (matmul_float.cu).
 // Two kernels share the tensor-core order. SkinnyKernel, for decoding, is bound by the bytes of W: they go
 // from global memory straight into fragments, slices of one output are spread over the warps of a block.
 // TiledKernel, for prefill, is bound by arithmetic: W and x come through shared memory, three stages deep.
+#include <limits>
+#include <span>
+#include <type_traits>
+
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/matmul_problem.cuh"
 #include "kernels/cuda/ops.h"
 
 namespace atp::cuda {
 namespace {
+
+using Problem = MatMulProblem;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -26,6 +33,20 @@ struct Row8 {
 
 __device__ __forceinline__ Row8 FromVector(const uint4& v) { return {{v.x, v.y, v.z, v.w}}; }
 
+// Eight int8 times their block's scale, rounded to bf16. A byte b = q + 128 put into a float's mantissa is
+// 2^15 + b; times the scale, less (2^15 + 128) · scale, is q · scale: no step before the last one rounds.
+__device__ __forceinline__ uint32_t Q8Pair(uint32_t bytes, int i, float scale) {
+  const auto at = static_cast<uint32_t>(i);
+  const float low = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | at << 4));
+  const float high = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | (at + 1) << 4));
+  const float less = -32896.0f * scale;
+  return PackBF16(__fmaf_rn(low, scale, less), __fmaf_rn(high, scale, less));
+}
+__device__ __forceinline__ Row8 FromQ8(const uint2& v, float scale) {
+  const uint32_t first = v.x ^ 0x80808080u, last = v.y ^ 0x80808080u;
+  return {{Q8Pair(first, 0, scale), Q8Pair(first, 2, scale), Q8Pair(last, 0, scale), Q8Pair(last, 2, scale)}};
+}
+
 // c += the chunk's products. low, high: W's rows g and g + 8; x: its row g.
 __device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Row8& high, const Row8& x) {
 #pragma unroll
@@ -35,23 +56,6 @@ __device__ __forceinline__ void StepsOf(float (&c)[4], const Row8& low, const Ro
     const uint32_t b[2] = {x.pair[2 * step], x.pair[2 * step + 1]};
     MmaBF16(c, a, b);
   }
-}
-
-struct Problem {
-  const float* x;        // [rows, in]
-  const uint16_t* half;  // x as bf16, for kernels that read it so
-  const void* weight;    // [out, in]
-  const float* bias;     // [out] or null
-  float* y;              // [rows, out]
-  int rows, in, out;
-  bool accumulate;
-};
-
-__device__ __forceinline__ void WriteOne(const Problem& p, int row, int out, float sum) {
-  if (row >= p.rows || out >= p.out) return;
-  float* y = p.y + static_cast<int64_t>(row) * p.out + out;
-  if (p.bias != nullptr) sum += p.bias[out];
-  *y = p.accumulate ? *y + sum : sum;
 }
 
 // How SkinnyKernel reads x: where it is few rows, as it is; else from the copy in bf16.
@@ -68,12 +72,27 @@ struct ReadBF16 {
   }
 };
 
+// How SkinnyKernel reads W.
+struct WeightBF16 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
+    const auto* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(out) * p.in + at;
+    return FromVector(__ldcs(reinterpret_cast<const uint4*>(weight)));
+  }
+};
+struct WeightQ8 {
+  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
+    const int64_t element = static_cast<int64_t>(out) * p.in + at;
+    const auto* weight = static_cast<const int8_t*>(p.weight) + element;
+    return FromQ8(__ldcs(reinterpret_cast<const uint2*>(weight)),
+                  HalfToFloat(p.scales[static_cast<uint64_t>(element) / kChunk]));
+  }
+};
+
 // Fragments of one slice: kOutTiles · 16 outputs of kRowTiles · 8 rows.
-template <int kOutTiles, int kRowTiles, class ReadX>
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
 __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int slice,
                                             float (&sums)[kOutTiles][kRowTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const auto* weight = static_cast<const uint16_t*>(p.weight);
   const int end = min(slice * kSlice + kSlice, p.in);
 #pragma unroll 4
   for (int at = slice * kSlice + 8 * t; at - 8 * t < end; at += kChunk) {
@@ -82,11 +101,8 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
 #pragma unroll
     for (int half = 0; half < 2 * kOutTiles; ++half) {
       const int out = first_out + half * 8 + g;
-      uint4 loaded = make_uint4(0, 0, 0, 0);
-      if (inside && out < p.out) {
-        loaded = __ldcs(reinterpret_cast<const uint4*>(weight + static_cast<int64_t>(out) * p.in + at));
-      }
-      w[half / 2][half % 2] = FromVector(loaded);
+      w[half / 2][half % 2] = {{0, 0, 0, 0}};
+      if (inside && out < p.out) w[half / 2][half % 2] = ReadW::Load(p, out, at);
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -99,23 +115,37 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
   }
 }
 
-// A block computes kOutTiles · 16 outputs of all rows; p.rows <= kRowTiles · 8. Its warps take one slice each
-// of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
-template <int kOutTiles, int kRowTiles, class ReadX>
-__global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
+// Products of the same x that go together: one alone may be fewer blocks than the device has room for.
+constexpr int kMostTogether = 3;
+struct Products {
+  Problem of[kMostTogether];
+  int blocks[kMostTogether];  // of the last one there is, not read
+  int padding = 0;
+};
+
+// A block computes kOutTiles · 16 outputs of all rows of a product; rows <= kRowTiles · 8. Its warps take one
+// slice each of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
+__global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products) {
   constexpr int kOuts = kOutTiles * 16, kSums = kOuts * kRowTiles * 8;
   constexpr int kPerThread = (kSums + kThreads - 1) / kThreads;
   SharedArena arena;
   const Shared<float> partial = arena.Take<float>(2 * kWarps * kSums);
   const int me = static_cast<int>(threadIdx.x), warp = me / kWarpSize, lane = me % kWarpSize;
-  const int first_out = static_cast<int>(blockIdx.x) * kOuts;
+  int block = static_cast<int>(blockIdx.x), product = 0;
+  while (product + 1 < kMostTogether && block >= products.blocks[product])
+    block -= products.blocks[product++];
+  const Problem& own = products.of[product];
+  Problem p = products.of[0];  // whose x is everybody's
+  p.weight = own.weight, p.scales = own.scales, p.out = own.out;
+  const int first_out = block * kOuts;
   const int slices = CeilDiv(p.in, kSlice);
   float totals[kPerThread] = {};
   for (int round = 0; round * kWarps < slices; ++round) {
     const int buffer = round % 2 * kWarps * kSums;
     if (round * kWarps + warp < slices) {
       float sums[kOutTiles][kRowTiles][4] = {};
-      SkinnySlice<kOutTiles, kRowTiles, ReadX>(p, first_out, round * kWarps + warp, sums);
+      SkinnySlice<kOutTiles, kRowTiles, ReadX, ReadW>(p, first_out, round * kWarps + warp, sums);
 #pragma unroll
       for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
         // Fragment element i of all lanes lies side by side.
@@ -132,6 +162,7 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(Problem p) {
       for (int w = 0; w < full; ++w) totals[k] += partial[buffer + w * kSums + at];
     }
   }
+  p.bias = own.bias, p.y = own.y, p.accumulate = own.accumulate;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     const int at = me + k * kThreads;
@@ -152,6 +183,24 @@ __device__ __forceinline__ int TileIndex(int row, int vector) {
   return row * kDepth + (vector ^ (row % 2 * 4)) * 8;
 }
 
+// The same in a tile of int8: a row is half the banks, and of four rows the last two have their halves
+// exchanged. Counted in pairs of bytes, as the tiles' elements are.
+__device__ __forceinline__ int Q8TileIndex(int row, int vector) {
+  return row * kDepth / 2 + (vector ^ (row / 2 % 2 * 2)) * 8;
+}
+
+template <int kRows>
+__device__ __forceinline__ void CopyQ8Tile(const Shared<uint16_t>& tile, int offset, const int8_t* from,
+                                           int rows, int in, int first, int at) {
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors / 2; i += kThreads) {
+    const int row = i / (kVectors / 2), vector = i % (kVectors / 2);
+    const bool inside = first + row < rows && at + vector * 16 < in;
+    const int64_t source = inside ? static_cast<int64_t>(first + row) * in + at + vector * 16 : 0;
+    CpAsync16(tile, offset + Q8TileIndex(row, vector), from + source, inside);
+  }
+}
+
 // Rows [first, first + kRows) of a [rows, in] matrix, elements [at, at + kDepth), zeros outside.
 template <int kRows>
 __device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offset, const uint16_t* from,
@@ -166,18 +215,39 @@ __device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offse
 }
 
 // Eight warps, 4 by 2, of kOutTiles · 16 outputs and kRowTiles · 8 rows each.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 struct Tile {
   static constexpr int kOuts = 4 * kOutTiles * 16;
   static constexpr int kRows = 2 * kRowTiles * 8;
-  static constexpr int kStageElements = (kOuts + kRows) * kDepth;
+  static constexpr int kWeightElements = kOuts * kDepth / (kQ8 ? 2 : 1);  // of two bytes
+  static constexpr int kStageElements = kWeightElements + kRows * kDepth;
+};
+
+// Of one stage, for the outputs that a lane loads; fetched a stage ahead.
+template <int kOutTiles>
+struct StageScales {
+  uint16_t of[2 * kOutTiles][kDepth / kChunk];
+
+  __device__ __forceinline__ void Load(const Problem& p, int out, int step) {
+#pragma unroll
+    for (int m = 0; m < 2 * kOutTiles; ++m) {
+#pragma unroll
+      for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
+        const int at = step * (kDepth / kChunk) + chunk;
+        const bool inside = out + m * 8 < p.out && at < p.in / kChunk;
+        of[m][chunk] =
+            inside ? p.scales[static_cast<int64_t>(out + m * 8) * (p.in / kChunk) + at] : uint16_t{0};
+      }
+    }
+  }
 };
 
 // One stage's products.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int offset,
+                                           const StageScales<kOutTiles>& scales,
                                            float (&sums)[kOutTiles][kRowTiles][4]) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int g = lane / 4, t = lane % 4;
@@ -189,10 +259,17 @@ __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int of
   for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
     Row8 w[kOutTiles][2];
 #pragma unroll
-    for (int m = 0; m < 2 * kOutTiles; ++m) w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
+    for (int m = 0; m < 2 * kOutTiles; ++m) {
+      if constexpr (kQ8) {
+        const int at = offset + Q8TileIndex(out + m * 8, chunk * 2 + t / 2) + t % 2 * 4;
+        w[m / 2][m % 2] = FromQ8(tiles.LoadAs<uint2>(at), HalfToFloat(scales.of[m][chunk]));
+      } else {
+        w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      const Row8 x = load(offset + T::kOuts * kDepth, row + n * 8, chunk * 4 + t);
+      const Row8 x = load(offset + T::kWeightElements, row + n * 8, chunk * 4 + t);
 #pragma unroll
       for (int m = 0; m < kOutTiles; ++m) StepsOf(sums[m][n], w[m][0], w[m][1], x);
     }
@@ -200,9 +277,9 @@ __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int of
 }
 
 // Grid: (blocks of rows, blocks of outputs): neighbours share W.
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   SharedArena arena;
   const Shared<uint16_t> tiles = arena.Take<uint16_t>(kStages * T::kStageElements);
   const int first_row = static_cast<int>(blockIdx.x) * T::kRows,
@@ -211,12 +288,22 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
   const auto fetch = [&](int step) {
     if (step < steps) {
       const int offset = step % kStages * T::kStageElements;
-      CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
-                         step * kDepth);
-      CopyTile<T::kRows>(tiles, offset + T::kOuts * kDepth, p.half, p.rows, p.in, first_row, step * kDepth);
+      if constexpr (kQ8) {
+        CopyQ8Tile<T::kOuts>(tiles, offset, static_cast<const int8_t*>(p.weight), p.out, p.in, first_out,
+                             step * kDepth);
+      } else {
+        CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
+                           step * kDepth);
+      }
+      CopyTile<T::kRows>(tiles, offset + T::kWeightElements, p.half, p.rows, p.in, first_row, step * kDepth);
     }
     CpAsyncCommit();  // an empty group too: the count of groups is what is waited for
   };
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
+            lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int lane_out = first_out + warp / 2 * kOutTiles * 16 + lane / 4;
+  StageScales<kOutTiles> scales, next;
+  if constexpr (kQ8) next.Load(p, lane_out, 0);
   float totals[kOutTiles][kRowTiles][4] = {};
   float sums[kOutTiles][kRowTiles][4] = {};
   for (int step = 0; step < kStages - 1; ++step) fetch(step);
@@ -224,7 +311,11 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
     CpAsyncWait<kStages - 2>();
     __syncthreads();  // this step's stage is there for all, and all have left the stage that is fetched next
     fetch(step + kStages - 1);
-    TiledSteps<kOutTiles, kRowTiles>(tiles, step % kStages * T::kStageElements, sums);
+    if constexpr (kQ8) {
+      scales = next;
+      next.Load(p, lane_out, step + 1);
+    }
+    TiledSteps<kOutTiles, kRowTiles, kQ8>(tiles, step % kStages * T::kStageElements, scales, sums);
     if ((step + 1) % (kSlice / kDepth) != 0 && step + 1 != steps) continue;
 #pragma unroll
     for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
@@ -233,8 +324,6 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
       sums[i / 4 / kRowTiles][i / 4 % kRowTiles][i % 4] = 0;
     }
   }
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
-            lane = static_cast<int>(threadIdx.x) % kWarpSize;
 #pragma unroll
   for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
     const int m = i / 4 / kRowTiles, n = i / 4 % kRowTiles, element = i % 4;
@@ -252,78 +341,29 @@ __global__ void __launch_bounds__(kThreads) RoundKernel(const float* x, uint16_t
       make_uint4(PackBF16(a.x, a.y), PackBF16(a.z, a.w), PackBF16(b.x, b.y), PackBF16(b.z, b.w));
 }
 
-constexpr int kPlainTile = 32;  // rows and outputs of a block, and its depth
-
-struct PlainF32 {
-  using Stored = float;
-  static __device__ __forceinline__ float Value(float stored) { return stored; }
-};
-struct PlainBF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
-};
-struct PlainF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
-};
-
-// fp32 products for every weight type and shape. A thread has one output of four rows.
-template <class Weight>
-__global__ void __launch_bounds__(kThreads) PlainKernel(Problem p) {
-  constexpr int kStride = kPlainTile + 1, kRowsPerThread = kPlainTile * kPlainTile / kThreads;
-  SharedArena arena;
-  const Shared<float> xs = arena.Take<float>(kPlainTile * kStride);
-  const Shared<float> ws = arena.Take<float>(kPlainTile * kStride);
-  const int column = static_cast<int>(threadIdx.x) % kPlainTile,
-            band = static_cast<int>(threadIdx.x) / kPlainTile;
-  const int first_row = static_cast<int>(blockIdx.x) * kPlainTile,
-            first_out = static_cast<int>(blockIdx.y) * kPlainTile;
-  const auto* weight = static_cast<const typename Weight::Stored*>(p.weight);
-  float sums[kRowsPerThread] = {};
-  for (int at = 0; at < p.in; at += kPlainTile) {
-    const int k = at + column;
-#pragma unroll
-    for (int i = band; i < kPlainTile; i += kThreads / kPlainTile) {
-      const int row = first_row + i, out = first_out + i;
-      xs[i * kStride + column] = row < p.rows && k < p.in ? p.x[static_cast<int64_t>(row) * p.in + k] : 0.0f;
-      ws[i * kStride + column] =
-          out < p.out && k < p.in ? Weight::Value(weight[static_cast<int64_t>(out) * p.in + k]) : 0.0f;
-    }
-    __syncthreads();
-    for (int d = 0; d < min(kPlainTile, p.in - at); ++d) {
-      const float w = ws[column * kStride + d];
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) sums[r] += xs[(band * kRowsPerThread + r) * kStride + d] * w;
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-    WriteOne(p, first_row + band * kRowsPerThread + r, first_out + column, sums[r]);
-  }
-}
-
-template <class Weight>
-cudaError_t Plain(const OpContext& context, const Problem& p) {
-  const dim3 grid(static_cast<unsigned>(CeilDiv(p.rows, kPlainTile)),
-                  static_cast<unsigned>(CeilDiv(p.out, kPlainTile)));
-  return Launch("MatMul plain", PlainKernel<Weight>, grid, dim3(kThreads),
-                2 * SharedBytes<float>(kPlainTile * (kPlainTile + 1)), context.stream, p);
-}
-
-template <int kOutTiles, int kRowTiles, class ReadX>
-cudaError_t Skinny(const OpContext& context, const Problem& p) {
+template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
+cudaError_t Skinny(const OpContext& context, std::span<const Problem> problems) {
   constexpr int kOuts = kOutTiles * 16;
-  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX>,
-                dim3(static_cast<unsigned>(CeilDiv(p.out, kOuts))), dim3(kThreads),
-                SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, p);
+  Products products{};
+  int blocks = 0;
+  for (size_t i = 0; i < kMostTogether; ++i) {
+    // Those that are not there have no blocks, and the last of all takes what is left.
+    products.blocks[i] = std::numeric_limits<int>::max();
+    if (i >= problems.size()) continue;
+    products.of[i] = problems[i];
+    products.blocks[i] = CeilDiv(problems[i].out, kOuts);
+    blocks += products.blocks[i];
+  }
+  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX, ReadW>,
+                dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, products);
 }
 
-template <int kOutTiles, int kRowTiles>
+template <int kOutTiles, int kRowTiles, bool kQ8>
 cudaError_t Tiled(const OpContext& context, const Problem& p) {
-  using T = Tile<kOutTiles, kRowTiles>;
+  using T = Tile<kOutTiles, kRowTiles, kQ8>;
   return Launch(
-      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles>,
+      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles, kQ8>,
       dim3(static_cast<unsigned>(CeilDiv(p.rows, T::kRows)), static_cast<unsigned>(CeilDiv(p.out, T::kOuts))),
       dim3(kThreads), SharedBytes<uint16_t>(kStages * T::kStageElements), context.stream, p);
 }
@@ -334,41 +374,83 @@ constexpr int kMostRowsAsTheyAre = 16;
 constexpr int kMostSkinnyRows = 32;
 constexpr int kMostRowsOfSmallTiles = 256;
 
-cudaError_t TensorCores(const OpContext& context, Problem p) {
-  if (p.rows <= 8) return Skinny<1, 1, ReadF32>(context, p);
-  if (p.rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32>(context, p);
-  const int64_t count = static_cast<int64_t>(p.rows) * p.in;
+bool OnTensorCores(const MatMulArgs& args) {
+  return args.weight.dtype == DType::kQ8_0 ||
+         (args.weight.dtype == DType::kBF16 && args.weight.cols % 8 == 0);
+}
+
+// x as bf16: [rows, in].
+cudaError_t Round(const OpContext& context, const MatMulArgs& args, const uint16_t** half) {
+  const int64_t count = args.rows * args.weight.cols;
   cudaError_t error;
-  auto* half = static_cast<uint16_t*>(
-      context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), context.stream, &error));
-  if (half == nullptr) return error;
+  auto* to = static_cast<uint16_t*>(
+      context.workspace->Reserve(static_cast<size_t>(count) * sizeof(uint16_t), &error));
+  if (to == nullptr) return error;
+  *half = to;
   const auto blocks = static_cast<unsigned>(CeilDiv<int64_t, int64_t>(count, kThreads * 8));
-  error =
-      Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, p.x, half, count);
-  if (error != cudaSuccess) return error;
-  p.half = half;
-  if (p.rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16>(context, p);
-  if (p.rows <= kMostRowsOfSmallTiles) return Tiled<1, 4>(context, p);
-  return Tiled<2, 8>(context, p);
+  return Launch("MatMul round", RoundKernel, dim3(blocks), dim3(kThreads), 0, context.stream, args.x, to,
+                count);
+}
+
+// Up to kMostTogether problems of the same x.
+template <bool kQ8>
+cudaError_t TensorCores(const OpContext& context, std::span<const Problem> problems) {
+  using ReadW = std::conditional_t<kQ8, WeightQ8, WeightBF16>;
+  const int rows = problems[0].rows;
+  if (rows <= 8) return Skinny<1, 1, ReadF32, ReadW>(context, problems);
+  if (rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, ReadW>(context, problems);
+  if (rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, ReadW>(context, problems);
+  for (const Problem& p : problems) {
+    const cudaError_t error =
+        rows <= kMostRowsOfSmallTiles ? Tiled<1, 4, kQ8>(context, p) : Tiled<2, 8, kQ8>(context, p);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+Problem ProblemOf(const MatMulArgs& args, const uint16_t* half) {
+  const std::byte* scales = nullptr;
+  if (args.weight.dtype == DType::kQ8_0)
+    scales = static_cast<const std::byte*>(args.weight.data) + args.weight.rows * args.weight.cols;
+  return {args.x,
+          half,
+          args.weight.data,
+          reinterpret_cast<const uint16_t*>(scales),
+          args.bias,
+          args.y,
+          static_cast<int>(args.rows),
+          static_cast<int>(args.weight.cols),
+          static_cast<int>(args.weight.rows),
+          args.accumulate};
 }
 
 }  // namespace
 
-cudaError_t MatMul(const OpContext& context, const MatMulArgs& args) {
-  if (args.rows == 0) return cudaSuccess;
-  const Problem p = {args.x,
-                     nullptr,
-                     args.weight.data,
-                     args.bias,
-                     args.y,
-                     static_cast<int>(args.rows),
-                     static_cast<int>(args.weight.cols),
-                     static_cast<int>(args.weight.rows),
-                     args.accumulate};
-  if (args.weight.dtype == DType::kBF16) {
-    return p.in % 8 == 0 ? TensorCores(context, p) : Plain<PlainBF16>(context, p);
+size_t MatMulBytes(const StepLimits& limits) {
+  return static_cast<size_t>(limits.rows * limits.widest) * sizeof(uint16_t);
+}
+
+cudaError_t MatMuls(const OpContext& context, std::span<const MatMulArgs> products) {
+  if (products.empty() || products[0].rows == 0) return cudaSuccess;
+  const uint16_t* half = nullptr;
+  cudaError_t error = cudaSuccess;
+  for (size_t i = 0; i < products.size() && error == cudaSuccess;) {
+    const DType dtype = products[i].weight.dtype;
+    if (!OnTensorCores(products[i])) {
+      error = MatMulFloat(context, ProblemOf(products[i++], nullptr), dtype);
+      continue;
+    }
+    if (half == nullptr && products[i].rows > kMostRowsAsTheyAre) error = Round(context, products[i], &half);
+    if (error != cudaSuccess) return error;
+    Problem together[kMostTogether];
+    size_t count = 0;
+    while (count < kMostTogether && i < products.size() && products[i].weight.dtype == dtype)
+      together[count++] = ProblemOf(products[i++], half);
+    const std::span<const Problem> problems(together, count);
+    error =
+        dtype == DType::kQ8_0 ? TensorCores<true>(context, problems) : TensorCores<false>(context, problems);
   }
-  return args.weight.dtype == DType::kF16 ? Plain<PlainF16>(context, p) : Plain<PlainF32>(context, p);
+  return error;
 }
 
 }  // namespace atp::cuda

@@ -17,7 +17,10 @@ namespace {
 
 constexpr int kGatherBlocks = 8;            // per job
 constexpr int kSoftmaxQueries = kWarpSize;  // per block
-constexpr size_t kJobsAtOnce = 64;  // bounds the workspace: some 3.5 MB per job of 256 tokens at head_dim 128
+// Jobs at once are at most so many, and as many as this has room for: one of 256 tokens at head_dim 128 takes
+// some 3.5 MB.
+constexpr size_t kJobsAtOnce = 64;
+constexpr size_t kScratchBytes = size_t{256} << 20;
 
 // Where entry i of a job is: its block, layout and place there.
 struct EntryPlace {
@@ -348,11 +351,9 @@ cudaError_t FitSome(const OpContext& context, const FitPrincipalKeysArgs& args, 
   cudaError_t error = UploadIds(context, args, args.jobs.subspan(first, count), jobs);
   if (error != cudaSuccess) return error;
   const auto d = static_cast<size_t>(shape.head_dim);
-  PrincipalFitReport* reports = nullptr;
   FitJob most{};
   const auto carve = [&](std::byte* base) {
     Carver carver(base);
-    carver.Take(&reports, count);
     for (FitJob& job : jobs) {
       Carve(job, d, carver);
       most.entries = std::max(most.entries, job.entries), most.m = std::max(most.m, job.m);
@@ -360,26 +361,51 @@ cudaError_t FitSome(const OpContext& context, const FitPrincipalKeysArgs& args, 
     }
     return carver.used();
   };
-  void* memory = context.workspace->Reserve(carve(nullptr), context.stream, &error);
-  if (error != cudaSuccess) return error;
+  void* memory = context.workspace->Reserve(carve(nullptr), &error);
+  if (memory == nullptr) return error;
   carve(static_cast<std::byte*>(memory));
+  auto* reports = static_cast<PrincipalFitReport*>(
+      context.staging->Receive(args.reports.data() + first, count * sizeof(PrincipalFitReport), &error));
+  if (reports == nullptr) return error;
   const FitJob* device = context.staging->Upload(std::span<const FitJob>(jobs), context.stream, &error);
   if (error != cudaSuccess) return error;
-  error = RunSteps(context, device, static_cast<unsigned>(count), most, shape, reports);
-  if (error != cudaSuccess) return error;
-  return context.staging->Receive(args.reports.data() + first, reports, count * sizeof(PrincipalFitReport),
-                                  context.stream);
+  return RunSteps(context, device, static_cast<unsigned>(count), most, shape, reports);
+}
+
+size_t JobBytes(int64_t entries, int64_t references, int64_t count, int64_t head_dim) {
+  FitJob job{};
+  job.entries = static_cast<int32_t>(entries), job.m = static_cast<int32_t>(references);
+  job.count = static_cast<int32_t>(count);
+  Carver carver(nullptr);
+  Carve(job, static_cast<size_t>(head_dim), carver);
+  return carver.used();
 }
 
 }  // namespace
+
+size_t FitPrincipalKeysBytes(const StepLimits& limits) {
+  if (limits.fit_entries == 0) return 0;
+  const size_t one = JobBytes(limits.fit_entries, limits.fit_references, limits.fit_count, limits.head_dim);
+  const size_t jobs = std::min(kJobsAtOnce, static_cast<size_t>(limits.sequences * limits.kv_heads));
+  return std::max(one, std::min(jobs * one, kScratchBytes));
+}
 
 cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArgs& args) {
   const QueryPage& queries = *args.query_page;
   const FitShape shape{args.pool.data,     args.pool.block_bytes,     args.inverse_frequency, args.group,
                        queries.head_dim(), queries.blocks_per_head(), queries.per_block()};
+  const size_t room = std::max(context.workspace->bytes(), kScratchBytes);
   cudaError_t error = cudaSuccess;
-  for (size_t first = 0; first < args.jobs.size() && error == cudaSuccess; first += kJobsAtOnce) {
-    error = FitSome(context, args, first, std::min(kJobsAtOnce, args.jobs.size() - first), shape);
+  for (size_t first = 0; first < args.jobs.size() && error == cudaSuccess;) {
+    size_t count = 0, used = 0;
+    for (const PrincipalFitJob& job : args.jobs.subspan(first)) {
+      used += JobBytes(job.principal_entries + job.exact_entries, args.group * job.samples, job.count,
+                       queries.head_dim());
+      if (count == kJobsAtOnce || (count > 0 && used > room)) break;
+      ++count;
+    }
+    error = FitSome(context, args, first, count, shape);
+    first += count;
   }
   return error;
 }

@@ -1,4 +1,5 @@
 // Rotates the pairs (i, i + head_dim/2) of every head, a block per row.
+#include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/rotation.cuh"
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t Rope(const OpContext& context, const RopeArgs& args) {
   cudaError_t error;
-  const int32_t* positions = context.staging->Upload(args.positions, context.stream, &error);
+  const int32_t* positions = PositionsOf(context, args.positions, &error);
   if (error != cudaSuccess) return error;
   const int half = args.head_dim / 2;
   return Launch("Rope", RopeKernel, dim3(static_cast<unsigned>(args.positions.size())), dim3(kThreads),

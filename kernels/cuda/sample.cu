@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPieces = 256;  // that a row is cut into for the draw
+constexpr int kPieces = 256;                                      // that a row is cut into for the draw
+constexpr size_t kScratchBytes = sizeof(double) + sizeof(float);  // per logit
 constexpr float kLargest = 3.402823466e38f;
 
 // A SampleRow. Adjustments count from the table's first.
@@ -30,6 +31,7 @@ struct Vocabulary {
   float* adjusted;      // [rows, size], of the rows that are sampled
   double* weights;      // [rows, size]
   int size;
+  int padding = 0;
 };
 
 __device__ __forceinline__ float Never() { return __int_as_float(static_cast<int>(0xff800000u)); }
@@ -324,6 +326,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+size_t SampleTokensBytes(const StepLimits& limits) {
+  return static_cast<size_t>(limits.logit_rows * limits.vocab) * kScratchBytes;
+}
+
 cudaError_t SampleTokens(const OpContext& context, const SampleTokensArgs& args) {
   if (args.rows.empty()) return cudaSuccess;
   size_t adjustments = 0;
@@ -348,12 +354,11 @@ cudaError_t SampleTokens(const OpContext& context, const SampleTokensArgs& args)
   error = context.staging->Send(table, context.stream);
   if (error != cudaSuccess) return error;
   const size_t count = args.rows.size(), elements = count * static_cast<size_t>(args.vocab);
-  const size_t out_bytes = CeilDiv(count * sizeof(SampledRow), size_t{256}) * 256;
-  void* memory = context.workspace->Reserve(out_bytes + elements * (sizeof(double) + sizeof(float)),
-                                            context.stream, &error);
-  if (memory == nullptr) return error;
-  auto* out = static_cast<SampledRow*>(memory);
-  auto* weights = reinterpret_cast<double*>(static_cast<std::byte*>(memory) + out_bytes);
+  auto* out =
+      static_cast<SampledRow*>(context.staging->Receive(args.out.data(), count * sizeof(SampledRow), &error));
+  if (out == nullptr) return error;
+  auto* weights = static_cast<double*>(context.workspace->Reserve(elements * kScratchBytes, &error));
+  if (weights == nullptr) return error;
   const Vocabulary vocabulary{args.logits, reinterpret_cast<float*>(weights + elements), weights,
                               static_cast<int>(args.vocab)};
   const auto* rows = reinterpret_cast<const Row*>(table.device);
@@ -365,8 +370,7 @@ cudaError_t SampleTokens(const OpContext& context, const SampleTokensArgs& args)
     error = Launch("ScoreTokens", ScoreTokens, grid, dim3(kThreads), SharedBytes<uint64_t>(kWarps),
                    context.stream, rows, vocabulary, out);
   }
-  if (error != cudaSuccess) return error;
-  return context.staging->Receive(args.out.data(), out, count * sizeof(SampledRow), context.stream);
+  return error;
 }
 
 }  // namespace atp::cuda

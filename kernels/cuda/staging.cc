@@ -1,6 +1,7 @@
 #include "kernels/cuda/staging.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace atp::cuda {
 namespace {
@@ -8,85 +9,142 @@ namespace {
 constexpr size_t kAlignment = 256;
 constexpr size_t kSmallest = 1 << 20;
 
-size_t RoundUp(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+size_t RoundUp(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 }  // namespace
 
-Workspace::~Workspace() { cudaFree(data_); }
+size_t SizeClass(size_t bytes) {
+  if (bytes <= kAlignment) return kAlignment;
+  return RoundUp(bytes, std::max(kAlignment, std::bit_floor(bytes) / 4));
+}
 
-void* Workspace::Reserve(size_t bytes, cudaStream_t stream, cudaError_t* error) {
+Workspace::~Workspace() { Release(); }
+
+void* Workspace::Reserve(size_t bytes, cudaError_t* error) {
   *error = cudaSuccess;
   if (bytes <= bytes_) return data_;
-  *error = cudaStreamSynchronize(stream);  // who is still at the old one
-  if (*error != cudaSuccess) return nullptr;
-  cudaFree(data_);
-  data_ = nullptr, bytes_ = 0;
-  const size_t wanted = RoundUp(std::max(bytes + bytes / 4, kSmallest));
-  *error = cudaMalloc(&data_, wanted);
-  if (*error != cudaSuccess) return nullptr;
-  bytes_ = wanted;
+  void* data = nullptr;
+  const size_t wanted = RoundUp(std::max(bytes, kSmallest), kAlignment);
+  *error = cudaMalloc(&data, wanted);
+  if (*error != cudaSuccess) {
+    cudaGetLastError();  // this op's, not a later one's
+    return nullptr;
+  }
+  outgrown_.push_back(data_);  // kernels before this op may be at it
+  data_ = data, bytes_ = wanted;
   return data_;
 }
 
-Staging::~Staging() { Free(); }
+void Workspace::Reset() {
+  for (void* data : outgrown_) cudaFree(data);
+  outgrown_.clear();
+}
 
-void Staging::Free() {
+void Workspace::Release() {
+  Reset();
+  cudaFree(data_);
+  data_ = nullptr, bytes_ = 0;
+}
+
+void Staging::Area::Free() {
   for (const Chunk& chunk : chunks_) {
     cudaFreeHost(chunk.host);
     cudaFree(chunk.device);
   }
   chunks_.clear();
-  used_ = 0;
 }
 
-cudaError_t Staging::Grow(size_t bytes) {
+cudaError_t Staging::Area::Grow(size_t bytes) {
   void *host = nullptr, *device = nullptr;
   cudaError_t error = cudaHostAlloc(&host, bytes, cudaHostAllocDefault);
   if (error == cudaSuccess) error = cudaMalloc(&device, bytes);
   if (error != cudaSuccess) {
+    cudaGetLastError();
     cudaFreeHost(host);
     return error;
   }
-  chunks_.push_back({static_cast<std::byte*>(host), static_cast<std::byte*>(device), bytes});
-  used_ = 0;
+  chunks_.push_back({static_cast<std::byte*>(host), static_cast<std::byte*>(device), bytes, 0});
   return cudaSuccess;
 }
 
-Staging::Table Staging::Take(size_t bytes, cudaError_t* error) {
+Staging::Table Staging::Area::Take(size_t bytes, cudaError_t* error) {
   *error = cudaSuccess;
-  const size_t wanted = RoundUp(std::max<size_t>(bytes, 1));
-  if (chunks_.empty() || used_ + wanted > chunks_.back().bytes) {
+  const size_t wanted = SizeClass(bytes);
+  if (chunks_.empty() || chunks_.back().used + wanted > chunks_.back().bytes) {
     *error = Grow(std::max(wanted, chunks_.empty() ? kSmallest : 2 * chunks_.back().bytes));
     if (*error != cudaSuccess) return {};
   }
-  const Table table{chunks_.back().host + used_, chunks_.back().device + used_, bytes};
-  used_ += wanted;
+  Chunk& chunk = chunks_.back();
+  const Table table{chunk.host + chunk.used, chunk.device + chunk.used, bytes};
+  chunk.used += wanted;
   return table;
+}
+
+cudaError_t Staging::Area::Copy(cudaMemcpyKind kind, cudaStream_t stream) const {
+  for (const Chunk& chunk : chunks_) {
+    if (chunk.used == 0) continue;
+    const bool down = kind == cudaMemcpyHostToDevice;
+    const cudaError_t error = cudaMemcpyAsync(down ? chunk.device : chunk.host,
+                                              down ? chunk.host : chunk.device, chunk.used, kind, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+void Staging::Area::Reset() {
+  size_t bytes = 0;
+  for (Chunk& chunk : chunks_) bytes += chunk.bytes, chunk.used = 0;
+  if (chunks_.size() > 1) {
+    Free();
+    Grow(bytes);  // a failure is the next Take()'s to report
+  }
+}
+
+cudaError_t Staging::Area::Reserve(size_t bytes) {
+  size_t there = 0;
+  for (const Chunk& chunk : chunks_) there += chunk.bytes;
+  if (bytes <= there) return cudaSuccess;
+  Free();
+  return Grow(std::max(bytes, kSmallest));
+}
+
+Staging::~Staging() = default;
+
+cudaError_t Staging::Reserve(size_t sent, size_t received) {
+  const cudaError_t error = sent_.Reserve(sent);
+  return error != cudaSuccess ? error : results_.Reserve(received);
+}
+
+Staging::Table Staging::Take(size_t bytes, cudaError_t* error) { return sent_.Take(bytes, error); }
+
+cudaError_t Staging::Send(const Table& table, cudaStream_t stream) const {
+  if (deferred_) return cudaSuccess;
+  return cudaMemcpyAsync(table.device, table.host, table.bytes, cudaMemcpyHostToDevice, stream);
+}
+
+cudaError_t Staging::SendAll(cudaStream_t stream) {
+  deferred_ = false;
+  return sent_.Copy(cudaMemcpyHostToDevice, stream);
+}
+
+void* Staging::Receive(void* to, size_t bytes, cudaError_t* error) {
+  const Table table = results_.Take(bytes, error);
+  if (table.host == nullptr) return nullptr;
+  std::memset(table.host, 0, bytes);
+  received_.push_back({to, table.host, bytes});
+  return table.device;
+}
+
+cudaError_t Staging::Fetch(cudaStream_t stream) const {
+  return results_.Copy(cudaMemcpyDeviceToHost, stream);
 }
 
 void Staging::Reset() {
   for (const Received& back : received_) std::memcpy(back.to, back.pinned, back.bytes);
   received_.clear();
-  if (chunks_.size() > 1) {
-    size_t bytes = 0;
-    for (const Chunk& chunk : chunks_) bytes += chunk.bytes;
-    Free();
-    Grow(bytes);  // a failure is the next Take()'s to report
-  }
-  used_ = 0;
-}
-
-cudaError_t Staging::Send(const Table& table, cudaStream_t stream) const {
-  return cudaMemcpyAsync(table.device, table.host, table.bytes, cudaMemcpyHostToDevice, stream);
-}
-
-cudaError_t Staging::Receive(void* to, const void* device, size_t bytes, cudaStream_t stream) {
-  cudaError_t error;
-  const Table table = Take(bytes, &error);
-  if (table.host == nullptr) return error;
-  std::memset(table.host, 0, bytes);  // what the host gets if the device fails
-  received_.push_back({to, table.host, bytes});
-  return cudaMemcpyAsync(table.host, device, bytes, cudaMemcpyDeviceToHost, stream);
+  sent_.Reset();
+  results_.Reset();
+  deferred_ = false;
 }
 
 }  // namespace atp::cuda

@@ -78,4 +78,45 @@ cudaError_t Uploader::CopyAs(DType dtype, void* device, const TensorView& host, 
   return CopyFilled(device, static_cast<size_t>(host.rows * host.cols) * size, stream, fill);
 }
 
+cudaError_t Uploader::CopyAsQ8(void* device, const TensorView& host, cudaStream_t stream) {
+  constexpr size_t kElements = BlockOf(DType::kQ8_0).elements, kBytes = BlockOf(DType::kQ8_0).bytes;
+  constexpr size_t kScale = kBytes - kElements, kRunBlocks = kRun / kElements;
+  constexpr size_t kSlotBlocks = kSlotBytes / kBytes / kRunBlocks * kRunBlocks;
+  const auto elements = static_cast<size_t>(host.rows * host.cols), blocks = elements / kElements;
+  auto* to = static_cast<std::byte*>(device);
+  std::vector<float> values(kRun);
+  std::vector<std::byte> run(kRunBlocks * kBytes);
+  for (size_t done = 0; done < blocks;) {
+    const size_t count = std::min(blocks - done, kSlotBlocks);
+    Slot& slot = slots_[next_];
+    next_ = 1 - next_;
+    cudaError_t error = Prepare(&slot);
+    if (error != cudaSuccess) return error;
+    auto* pinned = static_cast<std::byte*>(slot.pinned);
+    for (size_t at = 0; at < count; at += kRunBlocks) {
+      const size_t some = std::min(count - at, kRunBlocks);
+      const auto first = static_cast<int64_t>((done + at) * kElements);
+      const auto* from = static_cast<const std::byte*>(host.data) + RowBytes(host.dtype, first);
+      if (host.dtype != DType::kQ8_0) {
+        DequantizeRow(host.dtype, from, static_cast<int64_t>(some * kElements), values.data());
+        QuantizeRow(DType::kQ8_0, values.data(), static_cast<int64_t>(some * kElements), run.data());
+        from = run.data();
+      }
+      for (size_t b = at; b < at + some; ++b, from += kBytes) {
+        std::memcpy(pinned + count * kElements + b * kScale, from, kScale);
+        std::memcpy(pinned + b * kElements, from + kScale, kElements);
+      }
+    }
+    error = cudaMemcpyAsync(to + done * kElements, pinned, count * kElements, cudaMemcpyHostToDevice, stream);
+    if (error == cudaSuccess) {
+      error = cudaMemcpyAsync(to + elements + done * kScale, pinned + count * kElements, count * kScale,
+                              cudaMemcpyHostToDevice, stream);
+    }
+    if (error == cudaSuccess) error = cudaEventRecord(slot.done, stream);
+    if (error != cudaSuccess) return error;
+    done += count;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace atp::cuda

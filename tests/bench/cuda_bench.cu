@@ -80,6 +80,7 @@ class Device {
   // Median over replays.
   Time Measure(const std::function<cudaError_t()>& op) {
     Check(op(), "op");  // grows workspace and staging
+    Check(staging_.Fetch(stream_), "op");
     Check(cudaStreamSynchronize(stream_), "op");
     staging_.Reset();
     const auto begin = std::chrono::steady_clock::now();

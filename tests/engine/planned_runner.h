@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/llama_model.h"
@@ -27,23 +28,11 @@ class PlannedRunner {
                          std::optional<DType> weight_dtype = std::nullopt) {
     BackendOptions options;
     options.device = device;
-    backend_ = MakeBackend(options).value();
-    ModelLimits limits;
-    limits.max_batch_rows = kMaxRows;
-    limits.max_logit_rows = kMaxRows;
-    limits.max_batch_entries = 8;
-    model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr, weight_dtype).value();
-    KvCache::Shape shape;
-    shape.layers = config().layers;
-    shape.kv_heads = config().kv_heads;
-    shape.head_dim = config().head_dim;
-    shape.format = format;
-    shape.compressible = true;
-    CompressionSettings smallest;  // so that plans of any bits can be tried
-    smallest.bits = 4;
-    shape.block_bytes = CompressedBlockBytes(smallest, shape.format, shape.block_tokens, shape.head_dim);
-    if (exact_blocks) shape.block_bytes = KvPage(format, shape.block_tokens, shape.head_dim, false).bytes();
-    cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 64 << 20).value());
+    Load(MakeBackend(options).value(), model_dir, format, exact_blocks, weight_dtype);
+  }
+  PlannedRunner(std::unique_ptr<Backend> backend, const std::string& model_dir, KvFormat format,
+                std::optional<DType> weight_dtype = std::nullopt) {
+    Load(std::move(backend), model_dir, format, /*exact_blocks=*/false, weight_dtype);
   }
 
   const LlamaConfig& config() const { return model_->config(); }
@@ -110,6 +99,27 @@ class PlannedRunner {
 
  private:
   static constexpr int kMaxPositions = 4096;
+
+  void Load(std::unique_ptr<Backend> backend, const std::string& model_dir, KvFormat format,
+            bool exact_blocks, std::optional<DType> weight_dtype) {
+    backend_ = std::move(backend);
+    ModelLimits limits;
+    limits.max_batch_rows = kMaxRows;
+    limits.max_logit_rows = kMaxRows;
+    limits.max_batch_entries = 8;
+    model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr, weight_dtype).value();
+    KvCache::Shape shape;
+    shape.layers = config().layers;
+    shape.kv_heads = config().kv_heads;
+    shape.head_dim = config().head_dim;
+    shape.format = format;
+    shape.compressible = true;
+    CompressionSettings smallest;  // so that plans of any bits can be tried
+    smallest.bits = 4;
+    shape.block_bytes = CompressedBlockBytes(smallest, shape.format, shape.block_tokens, shape.head_dim);
+    if (exact_blocks) shape.block_bytes = KvPage(format, shape.block_tokens, shape.head_dim, false).bytes();
+    cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 64 << 20).value());
+  }
 
   SchedulerOptions Options(int chunk_tokens) const {
     SchedulerOptions options;

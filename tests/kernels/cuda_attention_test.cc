@@ -15,6 +15,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/reference/reference_backend.h"
+#include "tests/kernels/cuda_emulation/runtime_api.h"
 #include "tests/kernels/op_problems.h"
 
 namespace atp {
@@ -29,6 +30,7 @@ class Device {
     ASSERT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess) << cudaGetErrorString(cudaGetLastError());
     staging_.Reset();
   }
+  void set_attention_bytes(size_t bytes) { context_.attention_bytes = bytes; }
 
  private:
   cuda::Staging staging_;
@@ -193,6 +195,27 @@ TEST_F(CudaAttention, IsTheSameBitsAloneInChunksAndBesideOthers) {
         }
       }
     }
+  }
+}
+
+// As many chunks at once as there is scratch for, even if that is one tile's.
+TEST_F(CudaAttention, IsTheSameBitsInManyWaves) {
+  Problem problem(random_, {KvFormat::kBF16, 16, 2, 16, 32},
+                  {{1, 1100, 40}, {3, 60, 600}, {1, 5, 0}, {70, 90, 0}}, 2);
+  std::vector<float> whole = Poison(problem.cache.rows() * problem.RowFloats());
+  device_.Attention(problem.Args(problem.cache.sequences(), 0, whole.data()));
+  const emulation::Counts before = emulation::Counted();
+  device_.Attention(problem.Args(problem.cache.sequences(), 0, whole.data()));
+  const int64_t kernels = emulation::Counted().kernels - before.kernels;
+  constexpr size_t kSlot = 6 * (16 + 2) * sizeof(float);
+  for (const size_t bytes : {4 * kSlot, 7 * kSlot}) {
+    Device small;
+    small.set_attention_bytes(bytes);
+    std::vector<float> out = Poison(whole.size());
+    const int64_t begin = emulation::Counted().kernels;
+    small.Attention(problem.Args(problem.cache.sequences(), 0, out.data()));
+    EXPECT_GE(emulation::Counted().kernels - begin, kernels + 2);
+    EXPECT_EQ(std::memcmp(out.data(), whole.data(), whole.size() * sizeof(float)), 0) << bytes;
   }
 }
 

@@ -135,6 +135,20 @@ class HostFacingBackend final : public Backend {
     mirror.Finish();
   }
 
+  void MatMuls(std::span<const MatMulArgs> products) override {
+    Mirror mirror(device_.get());
+    std::vector<MatMulArgs> on_device(products.begin(), products.end());
+    for (MatMulArgs& args : on_device) {
+      const size_t rows = static_cast<size_t>(args.rows), out = static_cast<size_t>(args.weight.rows);
+      args.x = mirror.In(args.x, rows * static_cast<size_t>(args.weight.cols));
+      args.weight = mirror.In(args.weight);
+      args.bias = mirror.In(args.bias, out);
+      args.y = mirror.InOut(args.y, rows * out);
+    }
+    device_->MatMuls(on_device);
+    mirror.Finish();
+  }
+
   void RmsNorm(const RmsNormArgs& args) override {
     Mirror mirror(device_.get());
     const size_t count = static_cast<size_t>(args.rows * args.dim);

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "tests/kernels/cuda_emulation/emulator.h"
 #include "tests/kernels/cuda_emulation/runtime_api.h"
@@ -162,6 +163,15 @@ inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(x * 3.14159265358979323846);
   *cosine = std::cos(x * 3.14159265358979323846);
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    result |= static_cast<unsigned>(bytes >> (8 * from) & 255) << (8 * i);
+  }
+  return result;
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
@@ -289,12 +299,17 @@ void LdMatrix4Transposed(uint32_t (&out)[4], const Shared<T>& from, int index,
 
 uint32_t PackBF16(float low, float high);
 
-template <class... Parameters, class... Arguments>
-cudaError_t Launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   size_t shared_bytes, cudaStream_t /*stream*/, const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  return emulation::LaunchResult(emulation::Run(name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-                                                shared_bytes, [&] { kernel(arguments...); }));
+template <class... Parameters>
+void DeclareKernel(const char* name, void (*kernel)(Parameters...)) {
+  static constexpr size_t kSizes[] = {sizeof(Parameters)...};
+  const auto call = [](const void* function, void** arguments) {
+    const auto run = [&]<size_t... i>(std::index_sequence<i...>) {
+      reinterpret_cast<void (*)(Parameters...)>(const_cast<void*>(function))(
+          *static_cast<std::remove_const_t<Parameters>*>(arguments[i])...);
+    };
+    run(std::index_sequence_for<Parameters...>());
+  };
+  emulation::Declare(reinterpret_cast<const void*>(kernel), {name, kSizes, call});
 }
 
 }  // namespace atp::cuda

@@ -3,6 +3,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/staging.h"
 
 namespace atp::cuda {
 namespace {
@@ -269,6 +270,94 @@ TEST_F(Emulation, TensorCoreFragments) {
       }
     }
   }
+}
+
+// A step of TreeSum of `in`.
+cudaError_t SumStep(StepGraph& graph, const float* in, float* out, int skip) {
+  graph.Begin(3);
+  const cudaError_t error = Launch("TreeSum", TreeSum, dim3(3), dim3(kThreads), SharedBytes<float>(kThreads),
+                                   Stream(nullptr, &graph), in, out, skip);
+  return error == cudaSuccess ? graph.Launch(nullptr) : error;
+}
+
+TEST_F(Emulation, GraphsRunWhatTheyWereMadeOfLast) {
+  StepGraph graph;
+  const emulation::Counts before = emulation::Counted();
+  ASSERT_EQ(SumStep(graph, in_, out_, -1), cudaSuccess);
+  EXPECT_THAT(out_, ::testing::ElementsAre(2016, 6112, 10208));
+  for (float& x : in_) x += 1;
+  ASSERT_EQ(SumStep(graph, in_, out_, -1), cudaSuccess);
+  EXPECT_THAT(out_, ::testing::ElementsAre(2080, 6176, 10272));
+  EXPECT_EQ(emulation::Counted().nodes_set, before.nodes_set);
+  float other[3] = {};
+  ASSERT_EQ(SumStep(graph, in_, other, -1), cudaSuccess);
+  EXPECT_THAT(other, ::testing::ElementsAre(2080, 6176, 10272));
+  EXPECT_EQ(emulation::Counted().nodes_set, before.nodes_set + 1);
+  EXPECT_EQ(emulation::Counted().graphs, before.graphs + 1);
+  EXPECT_EQ(emulation::Counted().graph_launches, before.graph_launches + 3);
+  EXPECT_EQ(emulation::Counted().kernels, before.kernels);
+  // What was kept and dropped is not launched.
+  graph.Begin(3);
+  graph.Drop();
+  EXPECT_EQ(graph.Launch(nullptr), cudaSuccess);
+  EXPECT_EQ(emulation::Counted().graph_launches, before.graph_launches + 3);
+}
+
+TEST_F(Emulation, AFindingInAGraphShowsAtTheNextSynchronization) {
+  StepGraph graph;
+  ASSERT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
+  EXPECT_EQ(SumStep(graph, in_, out_, 0), cudaSuccess);
+  const cudaError_t error = cudaStreamSynchronize(nullptr);
+  EXPECT_THAT(std::string(cudaGetErrorString(error)),
+              AllOf(HasSubstr("kernel TreeSum, block (2,0,0), thread ("), HasSubstr("index")));
+  EXPECT_NE(SumStep(graph, in_, out_, -1), cudaSuccess);  // it stays with the process, as on a device
+  emulation::ForgetError();
+  EXPECT_EQ(SumStep(graph, in_, out_, -1), cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
+}
+
+TEST_F(Emulation, GraphsRefuseWhatADriverWould) {
+  DeclareKernel("TreeSum", TreeSum);
+  const float* in = in_;
+  float* out = out_;
+  int skip = -1;
+  void* arguments[] = {&in, &out, &skip};
+  cudaKernelNodeParams params = {reinterpret_cast<void*>(TreeSum), dim3(3),   dim3(kThreads),
+                                 SharedBytes<float>(kThreads),     arguments, nullptr};
+  cudaGraph_t graph, other;
+  cudaGraphNode_t first, second, of_other;
+  ASSERT_EQ(cudaGraphCreate(&graph, 0), cudaSuccess);
+  ASSERT_EQ(cudaGraphCreate(&other, 0), cudaSuccess);
+  ASSERT_EQ(cudaGraphAddKernelNode(&first, graph, nullptr, 0, &params), cudaSuccess);
+  ASSERT_EQ(cudaGraphAddKernelNode(&of_other, other, nullptr, 0, &params), cudaSuccess);
+  // Two nodes that could run at once: a kernel here reads what the last one wrote.
+  EXPECT_NE(cudaGraphAddKernelNode(&second, graph, nullptr, 0, &params), cudaSuccess);
+  cudaGraphExec_t executable;
+  ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+  EXPECT_EQ(cudaGraphExecKernelNodeSetParams(executable, first, &params), cudaSuccess);
+  EXPECT_NE(cudaGraphExecKernelNodeSetParams(executable, of_other, &params), cudaSuccess);
+  params.func = &params;  // no kernel
+  EXPECT_NE(cudaGraphExecKernelNodeSetParams(executable, first, &params), cudaSuccess);
+  // The executable has its own copy of the arguments.
+  in = nullptr, out = nullptr;
+  EXPECT_EQ(cudaGraphLaunch(executable, nullptr), cudaSuccess);
+  EXPECT_THAT(out_, ::testing::ElementsAre(2016, 6112, 10208));
+  EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  EXPECT_EQ(cudaGraphDestroy(other), cudaSuccess);
+  // More shared memory than every kernel has is to be asked for first.
+  in = in_, out = out_;
+  EXPECT_NE(cudaLaunchKernel(reinterpret_cast<void*>(TreeSum), dim3(3), dim3(kThreads), arguments, 50 << 10,
+                             nullptr),
+            cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(nullptr), cudaSuccess);
+}
+
+TEST(SizeClass, IsTheNextOfFourSizesPerPowerOfTwo) {
+  const std::pair<size_t, size_t> sizes[] = {{0, 256},     {1, 256},     {256, 256},   {257, 512},
+                                             {1024, 1024}, {1025, 1280}, {1792, 1792}, {1793, 2048},
+                                             {4097, 5120}, {8191, 8192}, {8193, 10240}};
+  for (const auto& [size, expected] : sizes) EXPECT_EQ(SizeClass(size), expected) << size;
 }
 
 }  // namespace

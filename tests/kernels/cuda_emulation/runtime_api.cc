@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "tests/kernels/cuda_emulation/cuda_runtime.h"
 
@@ -26,6 +28,41 @@ DeviceMemory& Memory() {
 std::string& Found() {
   static std::string found;
   return found;
+}
+
+std::map<const void*, atp::emulation::Kernel>& Kernels() {
+  static std::map<const void*, atp::emulation::Kernel> kernels;
+  return kernels;
+}
+
+// Dynamic shared memory that a kernel was granted beyond what every kernel may have.
+std::map<const void*, int>& MostShared() {
+  static std::map<const void*, int> most;
+  return most;
+}
+
+atp::emulation::Counts& TheCounts() {
+  static atp::emulation::Counts counts;
+  return counts;
+}
+
+atp::emulation::Refused& TheRefused() {
+  static atp::emulation::Refused refused = atp::emulation::Refused::kNothing;
+  return refused;
+}
+
+// As on a device, the first error stays.
+cudaError_t RunKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared_bytes) {
+  const auto kernel = Kernels().find(function);
+  if (kernel == Kernels().end()) return cudaErrorInvalidValue;
+  if (shared_bytes > 48 * 1024 && shared_bytes > static_cast<size_t>(MostShared()[function]))
+    return cudaErrorInvalidValue;
+  std::string found =
+      atp::emulation::Run(kernel->second.name, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
+                          shared_bytes, [&] { kernel->second.call(function, arguments); });
+  if (found.empty()) return cudaSuccess;
+  if (Found().empty()) Found() = std::move(found);
+  return cudaErrorLaunchFailure;
 }
 
 cudaError_t AllocateMemory(void** data, size_t bytes) {
@@ -84,7 +121,9 @@ cudaError_t cudaFree(void* data) {
 }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned) { return AllocateMemory(data, bytes); }
 cudaError_t cudaFreeHost(void* data) { return std::free(data), cudaSuccess; }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  TheCounts().copies_to_device += kind == cudaMemcpyHostToDevice;
+  TheCounts().copies_to_host += kind == cudaMemcpyDeviceToHost;
   if (bytes != 0) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -105,11 +144,94 @@ cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return Found().empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 const char* cudaGetErrorName(cudaError_t error) {
+  if (error == cudaErrorInvalidValue) return "cudaErrorInvalidValue";
   return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaErrorLaunchFailure";
 }
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidValue) return "invalid argument";
   return error == cudaErrorMemoryAllocation ? "out of memory" : Found().c_str();
 }
+
+// A kernel with copies of its arguments.
+struct CUgraphNode_st {
+  const CUgraph_st* graph = nullptr;
+  size_t index = 0;  // in the graph
+  const void* function = nullptr;
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  std::vector<std::vector<std::max_align_t>> arguments;
+
+  cudaError_t Set(const cudaKernelNodeParams& params) {
+    const auto kernel = Kernels().find(params.func);
+    if (kernel == Kernels().end() || params.extra != nullptr) return cudaErrorInvalidValue;
+    function = params.func;
+    grid = params.gridDim, block = params.blockDim, shared_bytes = params.sharedMemBytes;
+    arguments.clear();
+    for (size_t i = 0; i < kernel->second.sizes.size(); ++i) {
+      const size_t bytes = kernel->second.sizes[i];
+      arguments.emplace_back((bytes + sizeof(std::max_align_t) - 1) / sizeof(std::max_align_t));
+      std::memcpy(arguments.back().data(), params.kernelParams[i], bytes);
+    }
+    return cudaSuccess;
+  }
+  cudaError_t Run() {
+    std::vector<void*> pointers;
+    for (auto& argument : arguments) pointers.push_back(argument.data());
+    return RunKernel(function, grid, block, pointers.data(), shared_bytes);
+  }
+};
+struct CUgraph_st {
+  std::deque<CUgraphNode_st> nodes;
+};
+struct CUgraphExec_st {
+  const CUgraph_st* graph;
+  std::deque<CUgraphNode_st> nodes;
+};
+
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
+  if (value < 0 || static_cast<size_t>(value) > atp::emulation::kMaxSharedBytes) return cudaErrorInvalidValue;
+  int& most = MostShared()[function];
+  most = std::max(most, value);
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t) {
+  ++TheCounts().kernels;
+  return RunKernel(function, grid, block, arguments, shared_bytes);
+}
+cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) { return *graph = new CUgraph_st, cudaSuccess; }
+cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
+                                   const cudaGraphNode_t* dependencies, size_t count,
+                                   const cudaKernelNodeParams* params) {
+  // All are run one after another, so that each must wait for the one before it.
+  const size_t index = graph->nodes.size();
+  if (index > 0 && (count != 1 || dependencies[0] != &graph->nodes.back())) return cudaErrorInvalidValue;
+  *node = &graph->nodes.emplace_back();
+  (*node)->graph = graph, (*node)->index = index;
+  return (*node)->Set(*params);
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  if (TheRefused() == atp::emulation::Refused::kInstantiation) return cudaErrorMemoryAllocation;
+  ++TheCounts().graphs;
+  return *executable = new CUgraphExec_st{graph, graph->nodes}, cudaSuccess;
+}
+cudaError_t cudaGraphExecKernelNodeSetParams(cudaGraphExec_t executable, cudaGraphNode_t node,
+                                             const cudaKernelNodeParams* params) {
+  if (node->graph != executable->graph || TheRefused() == atp::emulation::Refused::kUpdate)
+    return cudaErrorInvalidValue;
+  ++TheCounts().nodes_set;
+  return executable->nodes[node->index].Set(*params);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
+  ++TheCounts().graph_launches;
+  if (!Found().empty()) return cudaErrorLaunchFailure;
+  for (CUgraphNode_st& node : executable->nodes) {
+    if (node.Run() != cudaSuccess) break;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 
 namespace atp::emulation {
 
@@ -118,12 +240,13 @@ void SetDeviceBytes(size_t bytes) {
   Memory().bytes = bytes;
 }
 
-// As on a device, the first error stays.
-cudaError_t LaunchResult(std::string found) {
-  if (found.empty()) return cudaSuccess;
-  if (Found().empty()) Found() = std::move(found);
-  return cudaErrorLaunchFailure;
-}
+void Declare(const void* function, const Kernel& kernel) { Kernels().insert_or_assign(function, kernel); }
+
+const Counts& Counted() { return TheCounts(); }
+
+void ForgetError() { Found().clear(); }
+
+void RefuseGraphs(Refused refused) { TheRefused() = refused; }
 
 }  // namespace atp::emulation
 

@@ -1,8 +1,11 @@
-// The host side of CUDA that kernels/cuda/ uses, on host memory: streams and events are done at once.
+// The host side of CUDA that kernels/cuda/ uses, on host memory: streams and events are done at once. What a
+// kernel of a graph does wrong shows at the next synchronization, as on a device.
 #ifndef ATP_TESTS_KERNELS_CUDA_EMULATION_RUNTIME_API_H_
 #define ATP_TESTS_KERNELS_CUDA_EMULATION_RUNTIME_API_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <span>
 #include <string>
 
 // NOLINTBEGIN: CUDA's names
@@ -21,6 +24,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline constexpr unsigned cudaStreamNonBlocking = 1;
 inline constexpr unsigned cudaEventDisableTiming = 2;
 inline constexpr unsigned cudaHostAllocDefault = 0;
@@ -31,8 +35,22 @@ struct dim3 {
 };
 struct CUstream_st;
 struct CUevent_st;
+struct CUgraph_st;
+struct CUgraphExec_st;
+struct CUgraphNode_st;
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraphExec_st*;
+using cudaGraphNode_t = CUgraphNode_st*;
+struct cudaKernelNodeParams {
+  void* func;
+  dim3 gridDim;
+  dim3 blockDim;
+  unsigned sharedMemBytes;
+  void** kernelParams;
+  void** extra;
+};
 struct cudaDeviceProp {
   char name[256];
 };
@@ -56,6 +74,20 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value);
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t stream);
+cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags);
+// Nodes are added in an order in which they can run: each after those that it depends on.
+cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
+                                   const cudaGraphNode_t* dependencies, size_t count,
+                                   const cudaKernelNodeParams* params);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphExecKernelNodeSetParams(cudaGraphExec_t executable, cudaGraphNode_t node,
+                                             const cudaKernelNodeParams* params);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what the emulation found
@@ -64,8 +96,30 @@ const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what 
 namespace atp::emulation {
 // How much memory the device has from now on, what is allocated included.
 void SetDeviceBytes(size_t bytes);
-// Keeps what Run() found for cudaGetErrorString().
-cudaError_t LaunchResult(std::string found);
+
+// How a kernel is called from the addresses of its arguments.
+struct Kernel {
+  const char* name = "";
+  std::span<const size_t> sizes;  // of the arguments
+  void (*call)(const void* function, void** arguments) = nullptr;
+};
+void Declare(const void* function, const Kernel& kernel);
+
+// What has been asked of the device since the process began.
+struct Counts {
+  int64_t copies_to_device = 0, copies_to_host = 0;
+  int64_t kernels = 0;  // launched one by one
+  int64_t graphs = 0;   // instantiated
+  int64_t graph_launches = 0;
+  int64_t nodes_set = 0;  // cudaGraphExecKernelNodeSetParams
+};
+const Counts& Counted();
+// As another process would find the device.
+void ForgetError();
+// As a driver that can make no graphs, or change none.
+enum class Refused { kNothing, kInstantiation, kUpdate };
+void RefuseGraphs(Refused refused);
+
 }  // namespace atp::emulation
 
 #endif  // ATP_TESTS_KERNELS_CUDA_EMULATION_RUNTIME_API_H_
