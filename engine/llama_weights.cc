@@ -289,6 +289,10 @@ absl::StatusOr<LlamaWeights> LoadLlamaWeights(const std::string& model, const Ll
   Plan plan = MakePlan(config, &weights);
   if (absl::Status checked = CheckPlan(*weights.source, *backend, config, wanted, &plan); !checked.ok())
     return checked;
+  // The largest first: a matrix is there twice while it is copied, and once nearly all is loaded, it is
+  // small.
+  std::stable_sort(plan.items.begin(), plan.items.end(),
+                   [](const Item& a, const Item& b) { return a.tensor.data.size() > b.tensor.data.size(); });
   size_t total = 0, done = 0;
   for (const Item& item : plan.items) total += item.tensor.data.size();
 

@@ -15,7 +15,7 @@
 
 namespace atp {
 
-absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes) {
+absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes, bool full) {
   const size_t mapped_bytes = std::max<size_t>(bytes, 1);  // a mapping of no bytes is an error
   void* data = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) {
@@ -24,10 +24,9 @@ absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes) {
   }
 #ifdef MADV_HUGEPAGE
   // Attention reads blocks in any order, and matrix products pass over all weights: with pages of 4 KiB both
-  // wait for address translation. Refused advice changes no result. Not for small buffers, which would take
-  // whole huge pages.
-  constexpr size_t kHugePage = size_t{2} << 20;
-  if (mapped_bytes >= 4 * kHugePage) madvise(data, mapped_bytes, MADV_HUGEPAGE);
+  // wait for address translation. Refused advice changes no result.
+  constexpr size_t kMegabyte = size_t{1} << 20;
+  if (mapped_bytes >= (full ? 8 : 64) * kMegabyte) madvise(data, mapped_bytes, MADV_HUGEPAGE);
 #endif
   return Buffer(data, bytes, [mapped_bytes](void* memory) { munmap(memory, mapped_bytes); });
 }

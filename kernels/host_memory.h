@@ -12,8 +12,9 @@
 namespace atp {
 
 // Zeroed, page-aligned (hence 64-byte aligned) anonymous memory; pages that nobody touches cost nothing.
-// ResourceExhausted, naming the bytes, when the system refuses.
-absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes);
+// ResourceExhausted, naming the bytes, when the system refuses. Buffers that will be `full` are of huge pages
+// from 8 MB on; others, of which a touched byte would cost a whole one, from 64 MB on.
+absl::StatusOr<Buffer> AllocateHostMemory(size_t bytes, bool full = false);
 
 // A view of `host` as it is; a copy in `dtype` where that differs, or where the address is not a multiple of
 // the element size (offsets in a safetensors file need not be). InvalidArgument as Backend::LoadWeight says.

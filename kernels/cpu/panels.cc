@@ -199,7 +199,8 @@ absl::StatusOr<Weight> LoadPanels(const TensorView& host, DType dtype, ThreadPoo
   if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
   const PanelLayout layout(dtype, host.cols);
   const int64_t panels = PanelCount(host.rows);
-  absl::StatusOr<Buffer> memory = AllocateHostMemory(static_cast<size_t>(panels) * layout.bytes);
+  absl::StatusOr<Buffer> memory =
+      AllocateHostMemory(static_cast<size_t>(panels) * layout.bytes, /*full=*/true);
   if (!memory.ok()) return memory.status();
   pool.ParallelFor((host.rows + kPanelOuts - 1) / kPanelOuts, [&](int64_t panel, int) {
     const size_t host_row = RowBytes(host.dtype, host.cols), row = RowBytes(dtype, host.cols);
