@@ -1,24 +1,12 @@
 // out[i] = table[indices[i]] as fp32: a block per row.
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/stored_float.cuh"
 
 namespace atp::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-struct FromF32 {
-  using Stored = float;
-  static __device__ __forceinline__ float Value(float stored) { return stored; }
-};
-struct FromBF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
-};
-struct FromF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
-};
 
 template <class From>
 __global__ void __launch_bounds__(kThreads)
@@ -50,9 +38,9 @@ cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args) {
                   reinterpret_cast<const uint16_t*>(table + args.table.rows * args.table.cols), indices,
                   args.out, args.table.cols);
   }
-  auto* kernel = GatherRowsKernel<FromF32>;
-  if (args.table.dtype == DType::kBF16) kernel = GatherRowsKernel<FromBF16>;
-  if (args.table.dtype == DType::kF16) kernel = GatherRowsKernel<FromF16>;
+  auto* kernel = GatherRowsKernel<StoredF32>;
+  if (args.table.dtype == DType::kBF16) kernel = GatherRowsKernel<StoredBF16>;
+  if (args.table.dtype == DType::kF16) kernel = GatherRowsKernel<StoredF16>;
   return Launch("GatherRows", kernel, dim3(static_cast<unsigned>(args.indices.size())), dim3(kThreads), 0,
                 context.stream, args.table.data, indices, args.out, args.table.cols);
 }

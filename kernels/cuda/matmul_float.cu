@@ -1,25 +1,13 @@
 // Matrix products in fp32, one multiply-add after the other, for what tensor cores are not for (matmul.cu).
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/matmul_problem.cuh"
+#include "kernels/cuda/stored_float.cuh"
 
 namespace atp::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPlainTile = 32;  // rows and outputs of a block, and its depth
-
-struct PlainF32 {
-  using Stored = float;
-  static __device__ __forceinline__ float Value(float stored) { return stored; }
-};
-struct PlainBF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return BF16ToFloat(stored); }
-};
-struct PlainF16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float Value(uint16_t stored) { return F16ToFloat(stored); }
-};
 
 // fp32 products for every weight type and shape. A thread has one output of four rows.
 template <class Weight>
@@ -68,8 +56,8 @@ cudaError_t Plain(const OpContext& context, const MatMulProblem& p) {
 }  // namespace
 
 cudaError_t MatMulFloat(const OpContext& context, const MatMulProblem& problem, DType weight) {
-  if (weight == DType::kBF16) return Plain<PlainBF16>(context, problem);
-  return weight == DType::kF16 ? Plain<PlainF16>(context, problem) : Plain<PlainF32>(context, problem);
+  if (weight == DType::kBF16) return Plain<StoredBF16>(context, problem);
+  return weight == DType::kF16 ? Plain<StoredF16>(context, problem) : Plain<StoredF32>(context, problem);
 }
 
 }  // namespace atp::cuda
