@@ -114,12 +114,7 @@ class ForwardBench {
 absl::StatusOr<ForwardBench> ForwardBench::Create(const Config& config, LoadedModel* loaded,
                                                   const BenchFlags& flags) {
   const LlamaConfig& llama = loaded->model->config();
-  KvCache::Shape shape;
-  shape.layers = llama.layers;
-  shape.kv_heads = llama.kv_heads;
-  shape.head_dim = llama.head_dim;
-  shape.block_tokens = config.kv_cache.block_tokens;
-  shape.format = loaded->kv_format;
+  const KvCache::Shape shape = KvShapeOf(config, *loaded);
   const int length = flags.context + flags.tokens;
   absl::StatusOr<KvCache> kv_cache =
       KvCache::Create(loaded->backend.get(), shape, KvBytes(config.kv_cache, *loaded, flags.batch, length));

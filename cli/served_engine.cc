@@ -62,11 +62,7 @@ absl::StatusOr<LoadedModel> LoadModel(const Config& config, const ModelLimits& l
 }
 
 KvCache::Shape KvShapeOf(const Config& config, const LoadedModel& loaded) {
-  const LlamaConfig& llama = loaded.model->config();
-  KvCache::Shape shape;
-  shape.layers = llama.layers;
-  shape.kv_heads = llama.kv_heads;
-  shape.head_dim = llama.head_dim;
+  KvCache::Shape shape = loaded.model->cache_shape();
   shape.block_tokens = config.kv_cache.block_tokens;
   shape.format = loaded.kv_format;
   return shape;

@@ -96,10 +96,7 @@ absl::StatusOr<std::unique_ptr<BatchingEngine>> BatchingEngine::Create(Backend* 
   BatchingEngineOptions options = wanted;
   if (absl::Status s = PlanLowRank(model, &options); !s.ok()) return s;
   const LlamaConfig& config = model->config();
-  KvCache::Shape shape;
-  shape.layers = config.layers;
-  shape.kv_heads = config.kv_heads;
-  shape.head_dim = config.head_dim;
+  KvCache::Shape shape = model->cache_shape();
   shape.block_tokens = options.block_tokens;
   shape.format = options.kv_format;
   // Blocks are made for the engine's own plan: that others may be asked for costs nobody a byte.

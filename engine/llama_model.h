@@ -38,6 +38,14 @@ class LlamaModel {
   const LlamaConfig& config() const { return config_; }
   const ModelLimits& limits() const { return limits_; }
   DType weight_dtype() const { return weights_.dtype; }
+  // A cache's, as far as the model decides it: layers, kv heads, head_dim.
+  KvCache::Shape cache_shape() const {
+    KvCache::Shape shape;
+    shape.layers = config_.layers;
+    shape.kv_heads = config_.kv_heads;
+    shape.head_dim = config_.head_dim;
+    return shape;
+  }
   size_t weight_bytes() const { return weights_.bytes; }
   size_t activation_bytes() const { return activation_bytes_; }
 

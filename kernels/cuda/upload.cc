@@ -23,7 +23,9 @@ Uploader::~Uploader() {
   }
 }
 
-cudaError_t Uploader::Prepare(Slot* slot) {
+cudaError_t Uploader::Take(Slot** taken) {
+  Slot* const slot = *taken = &slots_[next_];
+  next_ = 1 - next_;
   if (slot->pinned != nullptr) return cudaEventSynchronize(slot->done);
   void* pinned = nullptr;
   cudaError_t error = cudaHostAlloc(&pinned, kSlotBytes, cudaHostAllocDefault);
@@ -41,14 +43,13 @@ template <class Fill>
 cudaError_t Uploader::CopyFilled(void* device, size_t bytes, cudaStream_t stream, const Fill& fill) {
   for (size_t done = 0; done < bytes;) {
     const size_t piece = std::min(bytes - done, kSlotBytes);
-    Slot& slot = slots_[next_];
-    next_ = 1 - next_;
-    cudaError_t error = Prepare(&slot);
+    Slot* slot;
+    cudaError_t error = Take(&slot);
     if (error != cudaSuccess) return error;
-    fill(static_cast<std::byte*>(slot.pinned), done, piece);
-    error = cudaMemcpyAsync(static_cast<std::byte*>(device) + done, slot.pinned, piece,
+    fill(static_cast<std::byte*>(slot->pinned), done, piece);
+    error = cudaMemcpyAsync(static_cast<std::byte*>(device) + done, slot->pinned, piece,
                             cudaMemcpyHostToDevice, stream);
-    if (error == cudaSuccess) error = cudaEventRecord(slot.done, stream);
+    if (error == cudaSuccess) error = cudaEventRecord(slot->done, stream);
     if (error != cudaSuccess) return error;
     done += piece;
   }
@@ -88,11 +89,10 @@ cudaError_t Uploader::CopyAsQ8(void* device, const TensorView& host, cudaStream_
   std::vector<std::byte> run(kRunBlocks * kBytes);
   for (size_t done = 0; done < blocks;) {
     const size_t count = std::min(blocks - done, kSlotBlocks);
-    Slot& slot = slots_[next_];
-    next_ = 1 - next_;
-    cudaError_t error = Prepare(&slot);
+    Slot* slot;
+    cudaError_t error = Take(&slot);
     if (error != cudaSuccess) return error;
-    auto* pinned = static_cast<std::byte*>(slot.pinned);
+    auto* pinned = static_cast<std::byte*>(slot->pinned);
     for (size_t at = 0; at < count; at += kRunBlocks) {
       const size_t some = std::min(count - at, kRunBlocks);
       const auto first = static_cast<int64_t>((done + at) * kElements);
@@ -112,7 +112,7 @@ cudaError_t Uploader::CopyAsQ8(void* device, const TensorView& host, cudaStream_
       error = cudaMemcpyAsync(to + elements + done * kScale, pinned + count * kElements, count * kScale,
                               cudaMemcpyHostToDevice, stream);
     }
-    if (error == cudaSuccess) error = cudaEventRecord(slot.done, stream);
+    if (error == cudaSuccess) error = cudaEventRecord(slot->done, stream);
     if (error != cudaSuccess) return error;
     done += count;
   }

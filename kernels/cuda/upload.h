@@ -31,7 +31,8 @@ class Uploader {
     void* pinned = nullptr;
     cudaEvent_t done = nullptr;  // recorded after the slot's last copy
   };
-  cudaError_t Prepare(Slot* slot);
+  // The next slot, once the device has read it; its memory is allocated at its first use.
+  cudaError_t Take(Slot** taken);
   // fill(to, from, count): bytes [from, from + count) of what the device gets, into pinned memory.
   template <class Fill>
   cudaError_t CopyFilled(void* device, size_t bytes, cudaStream_t stream, const Fill& fill);

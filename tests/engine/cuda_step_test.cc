@@ -45,10 +45,7 @@ class Decoder {
     limits.max_batch_rows = max_rows;
     limits.max_logit_rows = limits.max_batch_entries = kSequences;
     model_ = LlamaModel::Load(kModel, backend_.get(), limits, nullptr).value();
-    KvCache::Shape shape;
-    shape.layers = model_->config().layers;
-    shape.kv_heads = model_->config().kv_heads;
-    shape.head_dim = model_->config().head_dim;
+    const KvCache::Shape shape = model_->cache_shape();
     cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 4 << 20).value());
     for (int i = 0; i < kSequences; ++i) sequences_.emplace_back(shape.layers, shape.kv_heads);
   }

@@ -100,10 +100,7 @@ class Runner {
     limits.max_logit_rows = 128;
     limits.max_batch_entries = 4;
     model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr).value();
-    KvCache::Shape shape;
-    shape.layers = model_->config().layers;
-    shape.kv_heads = model_->config().kv_heads;
-    shape.head_dim = model_->config().head_dim;
+    const KvCache::Shape shape = model_->cache_shape();
     cache_ = std::make_unique<KvCache>(KvCache::Create(backend_.get(), shape, 16 << 20).value());
   }
 

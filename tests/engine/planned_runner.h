@@ -108,10 +108,7 @@ class PlannedRunner {
     limits.max_logit_rows = kMaxRows;
     limits.max_batch_entries = 8;
     model_ = LlamaModel::Load(model_dir, backend_.get(), limits, nullptr, weight_dtype).value();
-    KvCache::Shape shape;
-    shape.layers = config().layers;
-    shape.kv_heads = config().kv_heads;
-    shape.head_dim = config().head_dim;
+    KvCache::Shape shape = model_->cache_shape();
     shape.format = format;
     shape.compressible = true;
     CompressionSettings smallest;  // so that plans of any bits can be tried
