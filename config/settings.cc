@@ -53,7 +53,7 @@ std::vector<Setting> MakeTable() {
        .max = 1024},
       {.key = "backend.cpu_isa",
        .member = ATP_MEMBER(String, backend.cpu_isa),
-       .meaning = "SIMD instruction set; auto: the best that the machine has (avx512_bf16, avx512_vnni, "
+       .meaning = "SIMD instruction set; auto: the best that the machine has (amx, avx512_bf16, avx512_vnni, "
                   "avx512, avx2_vnni, avx2, sse4, scalar, ...)"},
 
       {.key = "scheduler.max_batch_tokens",

@@ -29,11 +29,14 @@ constexpr int64_t kElementsPerPart = 8192;
 // Parts per thread of a matrix product: finer parts even out cores that others disturb.
 constexpr int64_t kPartsPerThread = 4;
 
-// A part's x fits a core's second-level cache, and unpacking weights is lost among so many rows.
-constexpr int64_t kMatMulRowsPerPart = 192;
+// A part's x, of the second-level cache (1 MiB), where a kernel could use more rows than usual.
+constexpr int64_t kPartWords = 256 << 10;
+
+// From so many rows on, block-quantised weights are multiplied faster by AMX, to the same bits.
+constexpr int64_t kAmxRows = 64;
 
 // Products with many rows, as a multiple of the speed of fp32 ones.
-constexpr double kVnniSpeed = 3.2, kBF16Speed = 2.1;
+constexpr double kVnniSpeed = 3.2, kBF16Speed = 2.1, kAmxInt8Speed = 5.5, kAmxBF16Speed = 8.8;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -65,6 +68,7 @@ class CpuBackend final : public Backend {
         float_matmul_(FloatMatMulFor(isa)),
         int8_matmul_(Int8MatMulFor(isa)),
         kquant_matmul_(KQuantMatMulFor(isa)),
+        amx_int8_matmul_(AmxInt8MatMulFor(isa)),
         rms_norm_(RmsNormFor(isa.target)),
         gather_rows_(GatherRowsFor(isa.target)),
         swiglu_(SwiGluFor(isa.target)),
@@ -76,9 +80,10 @@ class CpuBackend final : public Backend {
         low_rank_(LowRankLoopsFor(isa.target)),
         segments_(threads) {
     for (Scratch& scratch : scratch_) scratch.Reserve(kMatMulScratchBytes / sizeof(float));
-    int8_matmul_speed_ = isa.dot8 ? kVnniSpeed : 1;
+    int8_matmul_speed_ = isa.amx ? kAmxInt8Speed : isa.dot8 ? kVnniSpeed : 1;
     bf16_matmul_ = activation_dtype == DType::kBF16 ? BF16MatMulFor(isa) : MatMulKernel{};
     if (bf16_matmul_.multiply == nullptr) bf16_matmul_ = float_matmul_;
+    if (activation_dtype == DType::kBF16) amx_bf16_matmul_ = AmxBF16MatMulFor(isa);
   }
 
   std::string Description() const override {
@@ -203,7 +208,7 @@ class CpuBackend final : public Backend {
     // Measured: docs/principal_keys.md, low-rank linear layers.
     if (IsQuantized(weight)) return int8_matmul_speed_;
     const bool bf16 = weight == DType::kBF16 && bf16_matmul_.multiply != float_matmul_.multiply;
-    return bf16 ? kBF16Speed : 1;
+    return !bf16 ? 1 : isa_.amx ? kAmxBF16Speed : kBF16Speed;
   }
 
   void LowRankInput(const LowRankInputArgs& args) override {
@@ -333,9 +338,16 @@ class CpuBackend final : public Backend {
     }
   }
 
-  const MatMulKernel& KernelFor(DType dtype) const {
-    if (IsKQuant(dtype)) return kquant_matmul_;
-    return IsQuantized(dtype) ? int8_matmul_ : dtype == DType::kBF16 ? bf16_matmul_ : float_matmul_;
+  const MatMulKernel& KernelFor(const MatMulArgs& args) const {
+    const DType dtype = args.weight.dtype;
+    if (IsQuantized(dtype)) {
+      const MatMulKernel& streaming = IsKQuant(dtype) ? kquant_matmul_ : int8_matmul_;
+      const bool many = args.rows >= kAmxRows && amx_int8_matmul_.multiply != nullptr;
+      return many ? amx_int8_matmul_ : streaming;
+    }
+    if (dtype != DType::kBF16) return float_matmul_;
+    const bool tiles = amx_bf16_matmul_.multiply != nullptr && args.weight.cols % kQuantBlock == 0;
+    return tiles ? amx_bf16_matmul_ : bf16_matmul_;
   }
 
   // make_x(begin, end) makes rows [begin, end) of x, by the thread that reads them next.
@@ -343,9 +355,9 @@ class CpuBackend final : public Backend {
   void Multiply(std::span<const MatMulArgs> products, const MakeX& make_x) {
     bool made = false;
     while (!products.empty()) {
-      const MatMulKernel& kernel = KernelFor(products[0].weight.dtype);
+      const MatMulKernel& kernel = KernelFor(products[0]);
       size_t count = 1;
-      while (count < products.size() && &KernelFor(products[count].weight.dtype) == &kernel) ++count;
+      while (count < products.size() && &KernelFor(products[count]) == &kernel) ++count;
       const PackedRows rows = made ? PackRows(products[0], kernel, [](int64_t, int64_t) {})
                                    : PackRows(products[0], kernel, make_x);
       MultiplyPacked(products.first(count), kernel, rows);
@@ -357,7 +369,9 @@ class CpuBackend final : public Backend {
   void MultiplyPacked(std::span<const MatMulArgs> products, const MatMulKernel& kernel,
                       const PackedRows& rows) {
     const int64_t all_rows = products[0].rows;
-    const int64_t row_width = CeilDiv(kMatMulRowsPerPart, rows.tile_rows) * rows.tile_rows;
+    const int64_t part_rows =
+        std::clamp<int64_t>(kPartWords / rows.words_per_row, kMatMulRowsPerPart, kernel.rows_per_part);
+    const int64_t row_width = CeilDiv(part_rows, rows.tile_rows) * rows.tile_rows;
     const int64_t row_blocks = CeilDiv(all_rows, row_width);
     int64_t weights = 0;
     for (const MatMulArgs& args : products) weights += args.weight.rows * args.weight.cols;
@@ -396,12 +410,12 @@ class CpuBackend final : public Backend {
     rows.tile_rows = static_cast<int>(std::max<int64_t>(1, CeilDiv(args.rows, tiles)));
     rows.words_per_row = CeilDiv(cols, 4) * kernel.words_per_4;
     const int64_t words = args.rows * rows.words_per_row;
-    rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words)));
+    rows.words = reinterpret_cast<uint32_t*>(row_words_.Reserve(static_cast<size_t>(words) + kReadPast));
     if (kernel.form == RowForm::kInt8) {
       rows.block_words_per_row = CeilDiv(cols, kQuantBlock) * kRowWords;
       const int64_t block_words = args.rows * rows.block_words_per_row;
       rows.block_words =
-          reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words)));
+          reinterpret_cast<uint32_t*>(row_block_words_.Reserve(static_cast<size_t>(block_words) + kReadPast));
     }
     // Too few tiles for all threads: rows are made one by one, and then packed.
     const bool by_rows = tiles < pool_.threads();
@@ -455,7 +469,8 @@ class CpuBackend final : public Backend {
   const MatMulKernel float_matmul_;
   const MatMulKernel int8_matmul_;
   const MatMulKernel kquant_matmul_;
-  MatMulKernel bf16_matmul_;
+  const MatMulKernel amx_int8_matmul_;
+  MatMulKernel bf16_matmul_, amx_bf16_matmul_;
   double int8_matmul_speed_;
   Scratch row_words_, row_block_words_;  // x of the product in progress
   const RmsNormFn rms_norm_;

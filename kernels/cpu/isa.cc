@@ -4,6 +4,10 @@
 #if HWY_ARCH_X86
 #include <cpuid.h>
 #endif
+#if HWY_ARCH_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace atp::cpu {
 namespace {
@@ -30,22 +34,35 @@ std::string IsaName(int64_t target) {
 #if HWY_ARCH_X86
 // What Highway does not ask for; that the system saves the registers is part of its own check of the target.
 struct DotInstructions {
-  bool avx512_vnni = false, avx_vnni = false, avx512_bf16 = false;
+  bool avx512_vnni = false, avx_vnni = false, avx512_bf16 = false, amx = false;
 
   DotInstructions() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return;
     const unsigned last_leaf = eax;
     avx512_vnni = (ecx >> 11 & 1) != 0;
+    amx = (edx >> 22 & 1) != 0 && (edx >> 24 & 1) != 0 && (edx >> 25 & 1) != 0;  // bf16, tiles, int8
     if (last_leaf < 1 || __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) == 0) return;
     avx_vnni = (eax >> 4 & 1) != 0;
     avx512_bf16 = (eax >> 5 & 1) != 0;
   }
 };
 
+// Linux saves tile registers only for processes that have asked for them; this asks, for all threads to come.
+bool TilesGranted() {
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 void AddWithDot(int64_t target, std::vector<Isa>& isas) {
   const DotInstructions has;
   if (target == HWY_AVX3 && has.avx512_vnni) {
+    if (has.avx512_bf16 && has.amx && TilesGranted()) isas.push_back({"amx", target, true, true, true});
     if (has.avx512_bf16) isas.push_back({"avx512_bf16", target, true, true});
     isas.push_back({"avx512_vnni", target, true, false});
   }

@@ -11,10 +11,12 @@
 namespace atp::cpu {
 
 struct Isa {
-  std::string name;  // "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "sse4", "neon", "scalar"
+  std::string
+      name;  // "amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "sse4", "neon", "scalar"
   int64_t target = 0;  // Highway's bit for it
   bool dot8 = false;   // has VNNI: four products of bytes per lane in one instruction
   bool dot16 = false;  // has AVX512-BF16: two products of bf16 per lane
+  bool amx = false;    // has AMX: products of tiles of int8 and of bf16
 };
 
 // Those that this binary carries and this machine can run, best first; never empty.

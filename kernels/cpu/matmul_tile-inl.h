@@ -88,6 +88,47 @@ HWY_INLINE void AddSums(const MatMulArgs& args, const Tile& tile, const float (&
   }
 }
 
+// Sums of rows [row, row + rows) and a pair of panels that are kept apart from y until they are whole:
+// [row][out].
+constexpr int kPairOuts = 2 * kPanelOuts;
+
+// What the first slice of k adds to: y or zero, and bias.
+HWY_INLINE void StartSums(const MatMulArgs& args, int64_t row, int64_t rows, int64_t panel, float* sums) {
+  const DF d;
+  const int64_t outs = args.weight.rows, out = panel * kPanelOuts;
+  const float* y = args.y + row * outs + out;
+  if (out + kPairOuts > outs) {
+    for (int64_t r = 0; r < rows; ++r, sums += kPairOuts, y += outs) {
+      for (int64_t i = 0; i < outs - out; ++i) {
+        const float base = args.accumulate ? y[i] : 0.0f;
+        sums[i] = args.bias != nullptr ? base + args.bias[out + i] : base;
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r, sums += kPairOuts, y += outs) {
+    ATP_UNROLL for (int i = 0; i < kPairOuts; i += kLanes) {
+      VF base = args.accumulate ? hn::LoadU(d, y + i) : hn::Zero(d);
+      if (args.bias != nullptr) base = hn::Add(base, hn::LoadU(d, args.bias + out + i));
+      hn::Store(base, d, sums + i);
+    }
+  }
+}
+
+HWY_INLINE void StoreSums(const MatMulArgs& args, int64_t row, int64_t rows, int64_t panel,
+                          const float* sums) {
+  const DF d;
+  const int64_t outs = args.weight.rows, out = panel * kPanelOuts;
+  float* y = args.y + row * outs + out;
+  for (int64_t r = 0; r < rows; ++r, sums += kPairOuts, y += outs) {
+    if (out + kPairOuts > outs) {
+      std::copy_n(sums, outs - out, y);
+    } else {
+      ATP_UNROLL for (int i = 0; i < kPairOuts; i += kLanes) hn::StoreU(hn::Load(d, sums + i), d, y + i);
+    }
+  }
+}
+
 // Calls body.template operator()<R>() with R = rows, which is at most kMax.
 template <int kMax, class Body>
 HWY_INLINE void WithRows(int64_t rows, const Body& body) {

@@ -32,6 +32,8 @@ enum RowWord : int {
   kRowHalfSecond,
   kRowWords,
 };
+// Kernels may read, and then leave unused, so many words behind the last.
+inline constexpr size_t kReadPast = 1024;
 struct PackedRows {
   uint32_t* words;  // tile t starts at t * tile_rows * words_per_row
   uint32_t* block_words;
@@ -43,7 +45,10 @@ struct MatMulPart {
   int64_t row_begin, row_end;      // row_begin: a multiple of tile_rows
   int64_t panel_begin, panel_end;  // both even, kernels/cpu/panels.h
 };
-inline constexpr size_t kMatMulScratchBytes = 48 << 10;
+// Rows of a part: unpacking weights is lost among so many, and their x fits a core's second-level cache. (A
+// few more, where tiles end.)
+inline constexpr int64_t kMatMulRowsPerPart = 192;
+inline constexpr size_t kMatMulScratchBytes = 128 << 10;
 struct MatMulKernel {
   RowForm form = RowForm::kF32;
   int tile_rows = 1;    // at most,
@@ -54,11 +59,16 @@ struct MatMulKernel {
   // scratch: kMatMulScratchBytes, 64-byte aligned. Splitting in any way gives bit-identical results.
   void (*multiply)(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part,
                    std::byte* scratch) = nullptr;
+  int64_t rows_per_part = kMatMulRowsPerPart;  // at most; fewer where they are long
 };
 MatMulKernel FloatMatMulFor(const Isa& isa);   // f32, f16, bf16
 MatMulKernel BF16MatMulFor(const Isa& isa);    // bf16 with x in bf16; `multiply` is null where the ISA cannot
 MatMulKernel Int8MatMulFor(const Isa& isa);    // q8_0, q4_0, q4
 MatMulKernel KQuantMatMulFor(const Isa& isa);  // q4_k, q5_k, q6_k
+// With AMX; `multiply` is null where there is none.
+MatMulKernel AmxInt8MatMulFor(const Isa& isa);  // block-quantised weights: the bits of the two above
+MatMulKernel AmxBF16MatMulFor(
+    const Isa& isa);  // BF16MatMulFor's, of a multiple of 32 columns; bits of its own
 
 // norm.cc, gather.cc: rows [begin, end).
 using RmsNormFn = void (*)(const RmsNormArgs& args, int64_t begin, int64_t end);

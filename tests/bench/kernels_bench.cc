@@ -91,7 +91,8 @@ std::vector<std::byte> RandomWeights(DType dtype, int64_t out, int64_t in) {
 
 // The matrices of a 1.1B model, from small to large, and the head. Random bits will do as weights: all but
 // their scales are integers, and those are set.
-void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, bool bf16_dot) {
+// tiles: the backend uses AMX where it helps.
+void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, bool bf16_dot, bool tiles) {
   struct Shape {
     int64_t out, in;
   };
@@ -106,7 +107,8 @@ void MeasureMatMul(Backend& backend, Report& report, const MachinePeaks& peaks, 
       for (size_t i = 0; i < copies; ++i) {
         weights.push_back(*backend.LoadWeight({bytes.data(), dtype, shape.out, shape.in}, dtype));
       }
-      const double peak = IsQuantized(dtype) ? peaks.int8 : bf16_dot ? peaks.bf16 : peaks.fp32;
+      const double int8 = tiles ? peaks.int8_tiles : peaks.int8, bf16 = tiles ? peaks.bf16_tiles : peaks.bf16;
+      const double peak = IsQuantized(dtype) ? int8 : bf16_dot ? bf16 : peaks.fp32;
       for (const int64_t rows : {1, 2, 4, 8, 16, 32, 128, 512}) {
         if (rows > 32 && shape.out == 32000) continue;  // a prompt needs the head for its last token only
         const std::vector<float> values = Normals(static_cast<size_t>(rows * shape.in));
@@ -199,16 +201,17 @@ int Main(int argc, char** argv) {
   std::printf("{\"command\": \"%s\",\n ", command.c_str());
   std::printf(
       "\"date\": \"%s\", \"machine\": \"%s\", \"backend\": \"%s\", \"threads\": %d,\n"
-      " \"peaks\": {\"fp32_gflops\": %.0f, \"bf16_gflops\": %.0f, \"int8_gops\": %.0f, \"read_gbps\": "
-      "%.1f},\n"
+      " \"peaks\": {\"fp32_gflops\": %.0f, \"bf16_gflops\": %.0f, \"int8_gops\": %.0f, "
+      "\"bf16_tiles_gflops\": %.0f, \"int8_tiles_gops\": %.0f, \"read_gbps\": %.1f},\n"
       " \"rows\": [",
       date, CpuModel().c_str(), (*backend)->Description().c_str(), threads, peaks.fp32, peaks.bf16,
-      peaks.int8, peaks.read);
+      peaks.int8, peaks.bf16_tiles, peaks.int8_tiles, peaks.read);
   Report report;
   if (only.empty() || only == "matmul") {
-    MeasureMatMul(**backend, report, peaks, false);
+    const bool tiles = options.cpu_isa == "amx" || (options.cpu_isa == "auto" && peaks.bf16_tiles > 0);
+    MeasureMatMul(**backend, report, peaks, false, tiles);
     options.activation_dtype = DType::kBF16;
-    if (peaks.bf16 > 0) MeasureMatMul(**MakeBackend(options), report, peaks, true);
+    if (peaks.bf16 > 0) MeasureMatMul(**MakeBackend(options), report, peaks, true, tiles);
   }
   if (only.empty() || only == "others") {
     for (const KvFormat format : {KvFormat::kF32, KvFormat::kBF16}) {

@@ -6,6 +6,8 @@
 #include <fstream>
 #include <vector>
 
+#include "kernels/cpu/amx_tiles.h"
+#include "kernels/cpu/isa.h"
 #include "kernels/cpu/thread_pool.h"
 
 namespace atp {
@@ -40,14 +42,29 @@ constexpr int kChains = 12;  // enough to hide the latency of two instructions p
     asm volatile(ATP_CHAIN(op, 9) ATP_CHAIN(op, 10) ATP_CHAIN(op, 11)::: "xmm9", "xmm10", "xmm11"); \
   }
 
-double Rate(cpu::ThreadPool& pool, double per_instruction, void (*loop)(int64_t, int)) {
-  const double operations = static_cast<double>(kSteps) * kChains * per_instruction * pool.threads();
+double Rate(cpu::ThreadPool& pool, double per_instruction, void (*loop)(int64_t, int), int chains = kChains) {
+  const double operations = static_cast<double>(kSteps) * chains * per_instruction * pool.threads();
   return operations / ShortestRun(pool, loop) * 1e-9;
 }
 
 void Fp32Chains(int64_t, int) { ATP_CHAINS("vfmadd231ps") }
 void Bf16Chains(int64_t, int) { ATP_CHAINS("vdpbf16ps") }
 void Int8Chains(int64_t, int) { ATP_CHAINS("vpdpbusd") }
+
+// Four chains are what the tile registers have room for, and hide the latency of one instruction in 16
+// cycles.
+constexpr int kTileChains = 4;
+#define ATP_TILE_CHAINS(op)                                                                                  \
+  const cpu::TileConfig config(16, 16, 64);                                                                  \
+  asm volatile(                                                                                              \
+      "ldtilecfg %0\n tilezero %%tmm4\n tilezero %%tmm5\n tilezero %%tmm6\n tilezero %%tmm7" ::"m"(config)); \
+  for (int64_t i = 0; i < kSteps; ++i) {                                                                     \
+    asm volatile(op " %tmm6, %tmm4, %tmm0\n" op " %tmm7, %tmm4, %tmm1\n" op " %tmm6, %tmm5, %tmm2\n" op      \
+                    " %tmm7, %tmm5, %tmm3");                                                                 \
+  }                                                                                                          \
+  asm volatile("tilerelease");
+void Bf16Tiles(int64_t, int) { ATP_TILE_CHAINS("tdpbf16ps") }
+void Int8Tiles(int64_t, int) { ATP_TILE_CHAINS("tdpbssd") }
 #endif
 
 double ReadRate(cpu::ThreadPool& pool) {
@@ -85,6 +102,10 @@ MachinePeaks MeasurePeaks(int threads) {
     peaks.fp32 = Rate(pool, 32, Fp32Chains);
     if (__builtin_cpu_supports("avx512bf16")) peaks.bf16 = Rate(pool, 64, Bf16Chains);
     if (__builtin_cpu_supports("avx512vnni")) peaks.int8 = Rate(pool, 128, Int8Chains);
+  }
+  if (cpu::AvailableIsas().front().amx) {
+    peaks.bf16_tiles = Rate(pool, 2 * 16 * 16 * 32, Bf16Tiles, kTileChains);
+    peaks.int8_tiles = Rate(pool, 2 * 16 * 16 * 64, Int8Tiles, kTileChains);
   }
 #endif
   return peaks;

@@ -7,10 +7,11 @@
 namespace atp {
 
 struct MachinePeaks {
-  double fp32 = 0;  // GFLOP/s of fused multiply-adds that stay in registers
-  double bf16 = 0;  // of vdpbf16ps; 0 where the machine has none
-  double int8 = 0;  // GOP/s of vpdpbusd; 0 likewise
-  double read = 0;  // GB/s of reading memory that no cache holds
+  double fp32 = 0;                        // GFLOP/s of fused multiply-adds that stay in registers
+  double bf16 = 0;                        // of vdpbf16ps; 0 where the machine has none
+  double int8 = 0;                        // GOP/s of vpdpbusd; 0 likewise
+  double bf16_tiles = 0, int8_tiles = 0;  // of AMX; 0 likewise
+  double read = 0;                        // GB/s of reading memory that no cache holds
 };
 
 // With `threads` threads at once; the best of several runs of about 50 ms.

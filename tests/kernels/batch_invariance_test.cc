@@ -47,9 +47,9 @@ TEST_P(BatchInvariance, MatMul) {
     int64_t rows, in, out;
   };
   // On a GPU: shapes that meet every kernel of a product, and are small enough for the emulation.
-  const std::vector<Shape> shapes = IsCuda(GetParam())
-                                        ? std::vector<Shape>{{37, 172, 50}, {70, 1160, 17}, {260, 64, 33}}
-                                        : std::vector<Shape>{{37, 172, 130}, {19, 2077, 53}, {210, 64, 301}};
+  const std::vector<Shape> shapes =
+      IsCuda(GetParam()) ? std::vector<Shape>{{37, 172, 50}, {70, 1160, 17}, {260, 64, 33}}
+                         : std::vector<Shape>{{37, 172, 130}, {19, 2077, 53}, {210, 64, 301}, {241, 928, 33}};
   for (const DType dtype : kDTypes) {
     if (IsCuda(GetParam()) && IsQuantized(dtype) && dtype != DType::kQ8_0) continue;  // they are bf16 there
     for (Shape shape : shapes) {
@@ -79,6 +79,26 @@ TEST_P(BatchInvariance, MatMul) {
           row += rows;
         }
       }
+    }
+  }
+}
+
+TEST_P(BatchInvariance, MatMulWithActivationsInBf16) {
+  const std::unique_ptr<Backend> backend = TestBackend(GetParam(), 3, &missing_, DType::kBF16);
+  for (const int64_t in : {96, 832, 91}) {
+    const int64_t rows = 70, out = 53;
+    const Weight weight = Loaded(*backend, RandomMatrix(random_, DType::kBF16, out, in));
+    const std::vector<float> x = Normals(random_, rows * in), bias = Normals(random_, out);
+    const auto run = [&](int64_t first, int64_t count) {
+      std::vector<float> y(static_cast<size_t>(count * out), 1.0f);
+      backend->MatMul(
+          {x.data() + first * in, weight.view, bias.data(), y.data(), count, /*accumulate=*/true});
+      return y;
+    };
+    const std::vector<float> whole = run(0, rows);
+    for (int64_t row = 0, count = 1; row + count <= rows; row += count, count = count % 5 + 1) {
+      const std::vector<float> y = run(row, count);
+      ASSERT_TRUE(SameBits(y.data(), whole.data() + row * out, y.size())) << row << "+" << count;
     }
   }
 }

@@ -119,7 +119,7 @@ std::vector<int64_t> Few(bool cuda, std::vector<int64_t> all, std::vector<int64_
 TEST_P(OpParity, MatMulQuantizedWeights) {
   for (const DType dtype : kQuantized) {
     const int block = BlockOf(dtype).elements;
-    for (const int64_t rows : Few(IsCuda(GetParam()), {1, 2, 3, 7, 8, 9, 17, 33}, {1, 9, 33})) {
+    for (const int64_t rows : Few(IsCuda(GetParam()), {1, 2, 3, 7, 8, 9, 17, 33, 65}, {1, 9, 33})) {
       for (const int64_t blocks : Few(IsCuda(GetParam()), {1, 3, 33}, {3})) {
         const int64_t in = block * (block == 256 ? std::min<int64_t>(blocks, 5) : blocks);
         for (const int64_t out : Few(IsCuda(GetParam()), {1, 16, 21, 50}, {21})) {
@@ -157,7 +157,7 @@ TEST_P(OpParity, MatMulOfQ8OnTensorCores) {
 TEST_P(OpParity, MatMulWithActivationsInBf16) {
   const std::unique_ptr<Backend> backend = TestBackend(GetParam(), 3, &missing_, DType::kBF16);
   for (const int64_t rows : Few(IsCuda(GetParam()), {1, 2, 3, 7, 8, 9, 17, 33}, {1, 9, 33})) {
-    for (const int64_t in : Few(IsCuda(GetParam()), {1, 2, 65, 512, 1111}, {2, 65, 1032})) {
+    for (const int64_t in : Few(IsCuda(GetParam()), {1, 2, 65, 96, 512, 1111}, {2, 65, 1032})) {
       for (const int64_t out : Few(IsCuda(GetParam()), {1, 16, 21, 50}, {21})) {
         CheckMatMul(random_, *backend, *reference_, DType::kBF16, DType::kBF16, rows, in, out);
         ASSERT_FALSE(HasFailure());
