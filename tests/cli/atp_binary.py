@@ -1,5 +1,6 @@
 """Runs the atp binary under test."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,12 @@ ROOT = os.path.abspath(os.environ.get("ATP_SOURCE_DIR", os.path.join(os.path.dir
 BINARY = os.environ.get("ATP_BINARY", os.path.join(ROOT, "build", "cpu-release", "atp"))
 MODEL = os.path.join(ROOT, "models", "default")
 SHARED = os.path.join(ROOT, "..", "shared", "data")
+
+with open(os.path.join(MODEL, "config.json"), encoding="utf-8") as config:
+    CONFIG = json.load(config)  # of the default model
+POSITIONS = CONFIG["max_position_embeddings"]
+LAYERS, KV_HEADS = CONFIG["num_hidden_layers"], CONFIG["num_key_value_heads"]
+BLOCK_BYTES = 16 * CONFIG["head_dim"] * 2 * 2  # 16 tokens' keys and values in bf16, of one kv head of one layer
 
 if not os.path.exists(BINARY):
     sys.exit(f"{BINARY} does not exist: build it, or set ATP_BINARY")

@@ -5,7 +5,7 @@ import os
 import tempfile
 import unittest
 
-from atp_binary import MODEL, atp
+from atp_binary import KV_HEADS, LAYERS, MODEL, atp
 
 IDS = os.path.join(MODEL, "eval_ids.npy")
 SCHEDULE = ("--segment", 64, "--window", 64)
@@ -19,14 +19,15 @@ class Calibrate(unittest.TestCase):
             done = atp("calibrate", *args)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertIn(path, done.stdout)
-            self.assertIn("calibrating 33 of 33 runs", done.stderr)
+            runs = LAYERS * KV_HEADS + 1  # each head alone, and exact
+            self.assertIn(f"calibrating {runs} of {runs} runs", done.stderr)
             with open(path, encoding="utf-8") as file:
                 budgets = json.load(file)
             self.assertEqual(set(budgets), {"ratio", "sensitivity"})
             for table in budgets.values():
-                self.assertEqual([len(row) for row in table], [4] * 8)
+                self.assertEqual([len(row) for row in table], [KV_HEADS] * LAYERS)
             ratios = [r for row in budgets["ratio"] for r in row]
-            self.assertAlmostEqual(sum(ratios) / 32, 0.5, delta=1e-9)
+            self.assertAlmostEqual(sum(ratios) / len(ratios), 0.5, delta=1e-9)
             for r in ratios:
                 self.assertEqual(r * 64 % 16, 0)  # whole blocks
             # The most sensitive head has the most entries.

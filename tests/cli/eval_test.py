@@ -7,7 +7,7 @@ import unittest
 
 import numpy
 
-from atp_binary import MODEL, atp
+from atp_binary import CONFIG, MODEL, POSITIONS, atp
 
 IDS = os.path.join(MODEL, "eval_ids.npy")
 
@@ -180,13 +180,14 @@ class Eval(unittest.TestCase):
             self.assertIn(says, done.stderr)
         fails("--ids", "/nonexistent.npy", says="/nonexistent.npy")
         fails("--text", "/nonexistent.txt", says="/nonexistent.txt")
-        fails("--ids", IDS, "--context", 513, says="512")
+        fails("--ids", IDS, "--context", POSITIONS + 1, says=str(POSITIONS))
         fails("--ids", IDS, "--from", 511, says="nothing to judge")
         fails("--ids", IDS, "--ratio", 0.5, "--segment", 100, says="atp.segment_tokens")
         fails("--ids", IDS, "--budgets", "/nonexistent.json", says="/nonexistent.json")
+        vocabulary = CONFIG["vocab_size"]
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "ids.npy")
-            for array, says in ((numpy.zeros((2, 8)), "float"), (numpy.full((2, 8), 4096), "4096"),
+            for array, says in ((numpy.zeros((2, 8)), "float"), (numpy.full((2, 8), vocabulary), str(vocabulary)),
                                 (numpy.asfortranarray(numpy.arange(16).reshape(2, 8)), "C order")):
                 numpy.save(path, array)
                 fails("--ids", path, says="dtype" if says == "float" else says)

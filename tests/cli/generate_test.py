@@ -6,7 +6,7 @@ import pty
 import subprocess
 import unittest
 
-from atp_binary import BINARY, MODEL, ROOT, atp
+from atp_binary import BINARY, BLOCK_BYTES, KV_HEADS, LAYERS, MODEL, POSITIONS, ROOT, atp
 
 
 def generate(*args, stdin=""):
@@ -45,9 +45,9 @@ class Generate(unittest.TestCase):
         self.assertTrue(generate("--chat", "--prompt", "Hello", "--max-tokens", 8, "--seed", 1).endswith("\n"))
 
     def test_a_prompt_that_cannot_fit(self):
-        done = atp("generate", "--model", MODEL, "--prompt", "word " * 2000)
+        done = atp("generate", "--model", MODEL, "--prompt", "word " * 2 * POSITIONS)
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, r"^atp: [^\n]*512[^\n]*\n$")
+        self.assertRegex(done.stderr, rf"^atp: [^\n]*{POSITIONS}[^\n]*\n$")
 
     def test_loading_shows_a_bar_on_a_terminal_only(self):
         try:
@@ -75,8 +75,7 @@ class Bench(unittest.TestCase):
             row, = json.loads(done.stdout)["rows"]
             self.assertEqual((row["bench"], row["batch"], row["context"], row["tokens"]), (what, 3, 50, tokens))
             self.assertGreater(row["tokens_per_second"], 0)
-            # 4 blocks of 16 tokens, 8 layers of 4 kv heads, 32 dimensions of keys and values in bf16.
-            self.assertEqual(row["kv_bytes"], 3 * 4 * 16 * 8 * 4 * 32 * 2 * 2)
+            self.assertEqual(row["kv_bytes"], 3 * 4 * LAYERS * KV_HEADS * BLOCK_BYTES)  # 54 tokens are 4 blocks
 
     def test_compressed_history(self):
         def row(what, ratio):
@@ -92,9 +91,9 @@ class Bench(unittest.TestCase):
             self.assertLess(compressed["kv_bytes_last"], 0.6 * exact["kv_bytes_last"])
 
     def test_more_than_the_model_has_positions_for(self):
-        done = atp("bench", "decode", "--model", MODEL, "--context", 512, "--tokens", 1)
+        done = atp("bench", "decode", "--model", MODEL, "--context", POSITIONS, "--tokens", 1)
         self.assertEqual(done.returncode, 1)
-        self.assertIn("512", done.stderr)
+        self.assertIn(str(POSITIONS), done.stderr)
 
 
 if __name__ == "__main__":

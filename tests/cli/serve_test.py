@@ -11,9 +11,12 @@ import unittest
 import urllib.error
 import urllib.request
 
-from atp_binary import BINARY, MODEL, ROOT
+from atp_binary import BINARY, BLOCK_BYTES, KV_HEADS, LAYERS, MODEL, POSITIONS, ROOT
 
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+CACHE_BYTES = 32 << 20
+CACHE_BLOCKS = CACHE_BYTES // BLOCK_BYTES
+CACHE_TOKENS = CACHE_BLOCKS // (LAYERS * KV_HEADS) * 16
 ANY_PORTS = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
 
 
@@ -29,7 +32,7 @@ class Process:
 
     def __init__(self, *args):
         self.out, self.err = tempfile.NamedTemporaryFile(), tempfile.NamedTemporaryFile()
-        self.process = subprocess.Popen([BINARY, "serve", "--model", MODEL, "--set", "kv_cache.memory_bytes=32MiB", *args],
+        self.process = subprocess.Popen([BINARY, "serve", "--model", MODEL, "--set", f"kv_cache.memory_bytes={CACHE_BYTES}", *args],
                                         stdin=subprocess.DEVNULL, stdout=self.out, stderr=self.err, cwd=ROOT)
 
     def __enter__(self):
@@ -69,8 +72,8 @@ class Start(unittest.TestCase):
                                     check=True)
             self.assertIn(b'"choices"', answer.stdout)
             line = server.wait_for(r"model=default .*\n", server.err).group(0)
-            for part in ("dtype=bf16", "device=\"cpu", "kv_bytes=33554432", "kv_blocks=16384", "kv_tokens=8192",
-                         "kv_cache.memory_bytes"):
+            for part in ("dtype=bf16", "device=\"cpu", f"kv_bytes={CACHE_BLOCKS * BLOCK_BYTES}", f"kv_blocks={CACHE_BLOCKS}",
+                         f"kv_tokens={CACHE_TOKENS}", "kv_cache.memory_bytes"):
                 self.assertIn(part, line)
             server.process.send_signal(signal.SIGTERM)
             self.assertEqual(server.process.wait(30), 0)
@@ -78,15 +81,16 @@ class Start(unittest.TestCase):
     def test_the_default_cache_is_not_larger_than_can_be_used(self):
         with Process(*ANY_PORTS, "--set", "kv_cache.memory_bytes=0", "--set", "scheduler.max_running_requests=3") as server:
             line = server.wait_for(r"model=default .*\n", server.err).group(0)
-            self.assertIn(f"kv_tokens={3 * 512} ", line)
+            self.assertIn(f"kv_tokens={3 * POSITIONS} ", line)
 
     def test_says_how_much_context_fits(self):
         def line(*args):
             with Process(*ANY_PORTS, *args) as server:
                 return server.wait_for(r"atp=.*\n", server.err).group(0)
-        # The default model's sequences end before a segment and a window of 256 tokens are full.
-        self.assertRegex(line(), r"atp=balanced ratio=0\.\d+ kv_tokens_exact=8192 .*nothing is ever compressed")
-        self.assertRegex(line("--set", "atp.preset=exact"), r"kv_tokens_exact=8192 calibrate_with=\"atp calibrate --model ")
+        # Sequences end before a segment and a window are full.
+        wide = ("--set", f"atp.window_tokens={POSITIONS}")
+        self.assertRegex(line(*wide), rf"atp=balanced ratio=0\.\d+ kv_tokens_exact={CACHE_TOKENS} .*nothing is ever compressed")
+        self.assertRegex(line("--set", "atp.preset=exact"), rf"kv_tokens_exact={CACHE_TOKENS} calibrate_with=\"atp calibrate --model ")
         short = ("--set", "atp.segment_tokens=64", "--set", "atp.window_tokens=64")
         compressed = line(*short)
         self.assertRegex(compressed, r"atp=balanced ratio=0\.\d+ bits=per_head budgets=\S*atp_budgets\.json segment_tokens=64 window_tokens=64 ")

@@ -10,9 +10,10 @@ import grpc
 
 from grpc_stubs import health, inference, reflection
 from http_client import text
-from server_fixture import MODEL, Server, wait_until
+from server_fixture import MODEL, Server, model_config, wait_until
 
 TIMEOUT_S = 120
+POSITIONS, VOCABULARY = (model_config()[key] for key in ("max_position_embeddings", "vocab_size"))
 PROMPT = "It was a dark and stormy night, and the old man"
 pb = inference.messages
 
@@ -129,7 +130,7 @@ class Calls(unittest.TestCase):
 
     def test_models_and_info(self):
         (model,) = stub.ListModels(pb.ListModelsRequest(), timeout=TIMEOUT_S).models
-        self.assertEqual((model.id, model.max_context_tokens, model.vocab_size), (MODEL, 512, 4096))
+        self.assertEqual((model.id, model.max_context_tokens, model.vocab_size), (MODEL, POSITIONS, VOCABULARY))
         info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
         self.assertTrue(info.ready)
         self.assertTrue(info.version and info.device)
@@ -162,7 +163,7 @@ class Errors(unittest.TestCase):
         self.assert_code(grpc.StatusCode.INVALID_ARGUMENT, lambda: stub.Generate(empty, timeout=TIMEOUT_S))
         unknown = pb.GenerateRequest(model="gpt-17", prompt="x", sampling=sampling())
         self.assert_code(grpc.StatusCode.NOT_FOUND, lambda: stub.Generate(unknown, timeout=TIMEOUT_S), "gpt-17")
-        self.assert_code(grpc.StatusCode.INVALID_ARGUMENT, lambda: generate("word " * 2000), "512")
+        self.assert_code(grpc.StatusCode.INVALID_ARGUMENT, lambda: generate("word " * 2 * POSITIONS), str(POSITIONS))
         bad_ids = pb.DetokenizeRequest(tokens=[10 ** 6])
         self.assert_code(grpc.StatusCode.INVALID_ARGUMENT, lambda: stub.Detokenize(bad_ids, timeout=TIMEOUT_S))
 

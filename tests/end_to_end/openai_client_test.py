@@ -39,7 +39,7 @@ if importlib.util.find_spec("openai") is None and "ATP_IN_OPENAI_VENV" not in os
 
 import openai  # noqa: E402
 
-from server_fixture import MODEL, Server, wait_until  # noqa: E402
+from server_fixture import MODEL, Server, model_config, wait_until  # noqa: E402
 
 PROMPT = "It was a dark and stormy night, and the old man"
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
@@ -154,7 +154,7 @@ class Errors(unittest.TestCase):
 
     def test_too_long(self):
         with self.assertRaises(openai.BadRequestError):
-            complete(prompt="word " * 2000)
+            complete(prompt="word " * 2 * model_config()["max_position_embeddings"])
         with self.assertRaises(openai.APIStatusError) as caught:
             complete(prompt="x" * 100000)
         self.assertEqual(caught.exception.status_code, 413)

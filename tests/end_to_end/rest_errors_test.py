@@ -7,7 +7,7 @@ import unittest
 import requests
 
 from http_client import TIMEOUT_S, post
-from server_fixture import MODEL, Server
+from server_fixture import MODEL, Server, model_config
 
 server = None
 
@@ -83,8 +83,9 @@ class Errors(unittest.TestCase):
         self.assert_error(post(server, "/v1/chat/completions", {"model": MODEL}), 400, "messages")
 
     def test_a_prompt_that_never_fits_says_the_numbers(self):
-        error = self.assert_error(post(server, "/v1/completions", {"model": MODEL, "prompt": "word " * 2000}), 400)
-        self.assertRegex(error["message"], r"\b512\b")
+        positions = model_config()["max_position_embeddings"]
+        error = self.assert_error(post(server, "/v1/completions", {"model": MODEL, "prompt": "word " * 2 * positions}), 400)
+        self.assertRegex(error["message"], rf"\b{positions}\b")
         ids = [5] * 10 + [10 ** 6]
         self.assert_error(post(server, "/v1/completions", {"model": MODEL, "prompt": ids}), 400)
 

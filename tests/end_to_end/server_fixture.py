@@ -7,6 +7,7 @@ Leaving the block sends SIGTERM and fails when the server does not exit with 0 i
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -29,6 +30,12 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 def source_dir():
     default = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
     return os.path.abspath(os.environ.get("ATP_SOURCE_DIR", default))
+
+
+def model_config():
+    """What config.json says of the default model."""
+    with open(os.path.join(source_dir(), "models", "default", "config.json"), encoding="utf-8") as file:
+        return json.load(file)
 
 
 def build_dir():

@@ -119,10 +119,12 @@ def main():
     ids = np.load(os.path.join(MODEL, "eval_ids.npy"))[0]
     group, d, theta = config["num_attention_heads"] // config["num_key_value_heads"], config["head_dim"], config["rope_theta"]
     rng = np.random.default_rng(7)
-    found = heads_of(config, weights, ids, (0, 3, 7))
+    layers, kv_heads = config["num_hidden_layers"], config["num_key_value_heads"]
+    middle, last = (layers - 1) // 2, layers - 1
+    found = heads_of(config, weights, ids, (0, middle, last))
     #        name            layer head begin end  count forced bias
-    cases = [("first_half", 0, 1, 0, 128, 64, 4, False), ("quarter", 3, 2, 128, 256, 32, 0, False),
-             ("eighth", 7, 0, 128, 256, 16, 0, False), ("refit", 3, 0, 0, 96, 24, 4, True)]
+    cases = [("first_half", 0, 1 % kv_heads, 0, 128, 64, 4, False), ("quarter", middle, 2 % kv_heads, 128, 256, 32, 0, False),
+             ("eighth", last, 0, 128, 256, 16, 0, False), ("refit", middle, 0, 0, 96, 24, 4, True)]
     for name, layer, head, begin, end, count, forced, bias in cases:
         q, k, v = (x[begin:end] for x in found[layer])
         raw = q[:, head * group:(head + 1) * group].reshape(-1, d)
