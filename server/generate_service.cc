@@ -149,6 +149,7 @@ absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptI
 
 void GenerateService::AddTemplateStops(SamplingParams* sampling) const {
   for (std::string& stop : chat_template_.StopStrings()) sampling->stop.push_back(std::move(stop));
+  if (sampling->ignore_eos) return;  // the tokens that end a turn are such
   for (std::string& token : chat_template_.StopTokens()) {
     if (std::optional<TokenId> id = tokenizer_->IdOf(token)) {
       sampling->stop_token_ids.push_back(*id);

@@ -17,9 +17,8 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
-from train import BOS, Llama, Shape
+from train import BOS, Llama, Shape, read_weights
 
 CUE, SPAN = 8, 16
 PROMPT = "It was a cold morning in the village, and the old doctor"
@@ -31,9 +30,7 @@ def load(directory):
                   config["num_key_value_heads"], config["intermediate_size"], config["max_position_embeddings"],
                   batch=1, dropout=0.0, head_dim=config["head_dim"], vocabulary=config["vocab_size"])
     model = Llama(shape)
-    state = {name.removeprefix("model.").replace("self_attn.", "").replace("mlp.", ""): tensor.float()
-             for name, tensor in load_file(str(directory / "model.safetensors")).items()}
-    model.load_state_dict(state)
+    model.load_state_dict(read_weights(directory))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     return model.eval(), tokenizer
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the default model from scratch, on one GPU or on the CPU, and writes it in Hugging Face layout.
 
-  train.py --data DIR --out DIR [--size gpu|cpu|tiny] (--minutes M | --steps N)
+  train.py --data DIR --out DIR [--size gpu|cpu|tiny] [--init MODEL] (--minutes M | --steps N)
 
 Stops and resumes at will: OUT/checkpoint.pt is written every two minutes and at the end, and a second run with the
 same arguments goes on from it. OUT/log.jsonl has a line for each measurement; OUT/model/ is the model.
@@ -13,7 +13,7 @@ unbroken one would):
   list      key = value lines of random tokens, then a window, then some of the keys asked; only answers are scored
   dialogue  conversations in the chat form, in the last part of training
 
-Optimiser: Muon for the matrices, AdamW for the rest; warm-up, constant, then linear to zero over the last quarter.
+Optimiser: Muon for the matrices, AdamW for the rest; warm-up, constant, then linear to zero over the last third.
 Needs: torch >= 2.9, numpy, safetensors, sentencepiece.
 """
 import argparse
@@ -29,11 +29,11 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 BOS = 1
-DECAY = 0.25      # last share of the run in which the learning rate falls
+DECAY = 0.36      # last share of the run in which the learning rate falls
 DIALOGUE = 0.20   # last share of the run with conversations in it
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -56,7 +56,7 @@ class Shape:
 
 SIZES = {
     "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
-    "cpu": Shape(256, 8, 4, 2, 768, context=2048, batch=4, dropout=0.0, short=0.6),
+    "cpu": Shape(384, 6, 4, 2, 1024, context=2048, batch=4, dropout=0.0, short=0.85),  # 11.2M
     "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
 }
 
@@ -134,8 +134,8 @@ class Data:
         return self.train[at:at + length].astype(np.int64)
 
     def span(self, rng, ids):
-        """A span comes again: predictable only by who remembers it."""
-        for _ in range(int(rng.integers(1, 5))):
+        """Spans come again, one to four in 512 tokens: predictable only by who remembers them."""
+        for _ in range(int(rng.integers(1, 5)) * max(1, len(ids) // 512)):
             length = int(rng.integers(16, 97))
             distance = int(rng.integers(length, len(ids) - 1 - length))
             to = int(rng.integers(distance + 1, len(ids) - length + 1))
@@ -172,7 +172,7 @@ class Data:
                 self.conversation(rng, ids)
             elif kind > 0.90:
                 self.key_values(rng, ids, score)
-            elif kind > 0.60:
+            elif kind > 0.50:
                 self.span(rng, ids)
         targets = np.where(scored, rows, -100)[:, 1:]
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets.copy())
@@ -214,6 +214,12 @@ def save_checkpoint(path, model, optimizers_, state):
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def read_weights(directory):
+    """A state dict of Llama from Hugging Face layout: the inverse of export's names."""
+    return {name.removeprefix("model.").replace("self_attn.", "").replace("mlp.", ""): tensor.float()
+            for name, tensor in load_file(str(directory / "model.safetensors")).items()}
+
+
 def export(model, data_dir, out, data):
     """Hugging Face layout, bf16; with the tokenizer, the chat template and held-out ids."""
     s = model.s
@@ -244,6 +250,7 @@ def main():
     parser.add_argument("--data", required=True, type=pathlib.Path, help="what prepare.py wrote")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=pathlib.Path, help="a model of the same size to start from, instead of noise")
     parser.add_argument("--minutes", type=float, help="length of the whole run, all stretches together")
     parser.add_argument("--steps", type=int, help="the same, counted in steps (repeatable to the bit on one device)")
     parser.add_argument("--stretch-minutes", type=float, default=1e9, help="stop this stretch after so long")
@@ -262,6 +269,8 @@ def main():
     data = Data(args.data)
     shape.vocabulary = data.vocabulary
     model = Llama(shape).to(device)
+    if args.init:
+        model.load_state_dict(read_weights(args.init))
     optimizers_ = optimizers(model)
     # The loss is compiled with the model: the logits of a step are far larger than its weights.
     loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids).float().flatten(0, 1), targets.flatten(),

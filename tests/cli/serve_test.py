@@ -61,7 +61,7 @@ class Process:
 
 class Start(unittest.TestCase):
     def test_prints_url_ports_and_a_curl_line_that_works(self):
-        with Process(*ANY_PORTS) as server:
+        with Process(*ANY_PORTS, "--set", "atp.preset=exact") as server:
             url = server.wait_for(r"REST +(http://127\.0\.0\.1:\d+)").group(1)
             curl = server.wait_for(r"\n +(curl .*)\n").group(1)
             server.wait_for(r"gRPC +127\.0\.0\.1:\d+")

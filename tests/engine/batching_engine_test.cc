@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "tests/engine/default_model_engine.h"
 
@@ -184,8 +185,9 @@ TEST_F(BatchingEngineTest, RefusesWhatIsWrongWithTheNumbers) {
   };
   EXPECT_THAT(refusal(Ask(kStory, 200)), HasSubstr("kv_cache.memory_bytes"));
   Request request = Ask("a", 5);
-  request.prompt.assign(600, 5);
-  EXPECT_THAT(refusal(request), HasSubstr("512 positions"));
+  const int64_t positions = model_->config().max_positions;
+  request.prompt.assign(static_cast<size_t>(positions) + 1, 5);
+  EXPECT_THAT(refusal(request), HasSubstr(absl::StrCat(positions, " positions")));
   request.prompt = {5, 100000};
   EXPECT_THAT(refusal(request), HasSubstr("100000"));
   request.prompt.clear();
@@ -201,7 +203,7 @@ TEST_F(BatchingEngineTest, RefusesWhatIsWrongWithTheNumbers) {
 TEST_F(BatchingEngineTest, GenerationEndsWithTheModelsPositions) {
   std::unique_ptr<BatchingEngine> engine = Make(Options());
   Request request = Ask("a", 100);
-  request.prompt.assign(500, 300);
+  request.prompt.assign(static_cast<size_t>(model_->config().max_positions) - 12, 300);
   const Answer answer = Submit(engine.get(), request)->WaitOne();
   EXPECT_EQ(answer.finish.reason, FinishReason::kLength);
   EXPECT_EQ(answer.finish.usage.completion_tokens, 12);

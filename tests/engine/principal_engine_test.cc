@@ -21,7 +21,7 @@ struct Case {
   int bits = 16;
 };
 
-// Segments of 32 tokens, so that prompts and answers of the default model's 512 positions have many of them.
+// Segments of 32 tokens, so that short prompts and answers have many of them.
 constexpr int kSegment = 32;
 constexpr int kAnswer = 120;
 

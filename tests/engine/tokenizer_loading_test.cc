@@ -62,9 +62,9 @@ TEST_F(TokenizerLoading, NamesWhatIsMissing) {
 
 TEST_F(TokenizerLoading, VocabularyMustFitTheEmbedding) {
   UseSentencePiece();
-  EXPECT_EQ(Error(4096), "ok");
-  EXPECT_EQ(Error(5000), "ok");  // embeddings are often padded
-  EXPECT_THAT(Error(4095), testing::AllOf(HasSubstr("4096"), HasSubstr("4095")));
+  EXPECT_EQ(Error(6144), "ok");
+  EXPECT_EQ(Error(7000), "ok");  // embeddings are often padded
+  EXPECT_THAT(Error(6143), testing::AllOf(HasSubstr("6144"), HasSubstr("6143")));
 }
 
 TEST_F(TokenizerLoading, ConfigGoesBeforeTheTokenizer) {
@@ -88,17 +88,17 @@ TEST_F(TokenizerLoading, ConfigGoesBeforeTheTokenizer) {
 
 TEST_F(TokenizerLoading, SentencePieceTakesBosAndAddedTokensFromTheConfig) {
   UseSentencePiece();
-  Write("tokenizer_config.json", R"({"add_bos_token": false, "eos_token": "<|im_end|>",
+  Write("tokenizer_config.json", R"({"add_bos_token": false, "eos_token": "<|end_of_call|>",
       "added_tokens_decoder": {"0": {"content": "<unk>", "special": true},
-                               "4096": {"content": "<|im_start|>", "special": true},
-                               "4097": {"content": "<|im_end|>", "special": true}}})");
+                               "6144": {"content": "<|call|>", "special": true},
+                               "6145": {"content": "<|end_of_call|>", "special": true}}})");
   const auto tokenizer = *LoadTokenizer(directory_, 0);
-  EXPECT_EQ(tokenizer->vocab_size(), 4098);
+  EXPECT_EQ(tokenizer->vocab_size(), 6146);
   EXPECT_FALSE(tokenizer->adds_bos());
-  EXPECT_THAT(tokenizer->special().eos, ElementsAre(4097, 2));
-  EXPECT_THAT(tokenizer->Encode("<|im_start|>", true, true), ElementsAre(4096));
-  EXPECT_EQ(tokenizer->TokenBytes(4096, true), "<|im_start|>");
-  EXPECT_EQ(tokenizer->TokenBytes(4096, false), "");
+  EXPECT_THAT(tokenizer->special().eos, ElementsAre(6145, 2));
+  EXPECT_THAT(tokenizer->Encode("<|call|>", true, true), ElementsAre(6144));
+  EXPECT_EQ(tokenizer->TokenBytes(6144, true), "<|call|>");
+  EXPECT_EQ(tokenizer->TokenBytes(6144, false), "");
 }
 
 TEST_F(TokenizerLoading, BrokenConfigsAreNamed) {
