@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 
-HELD_OUT = 8  # sequences, as long as the model has positions
+HELD_OUT = 32  # sequences
 STEPS = ("budgets", "golden", "tables", "plot")
-PLACES, CHARACTERS, CALIBRATION_SEQUENCES = 64, 8000, 8  # 8,000 characters are some 2,200 tokens
+PLACES, CHARACTERS, CALIBRATION_SEQUENCES = 64, 2600, 8
 SCHEDULE = ["--from", "256", "--segment", "128", "--window", "128"]
 
 
@@ -107,7 +107,7 @@ class Regeneration:
     def make_plot(self):
         with tempfile.TemporaryDirectory() as folder:
             runs = [["--ratio", "0.5,0.25,0.125", "--bits", "16,4"],
-                    ["--ratio", "0.5,0.25,0.125", "--baseline", "recent,attention,unfitted"],
+                    ["--ratio", "0.5,0.25", "--budgets", self.budgets, "--baseline", "recent,attention,unfitted"],
                     ["--budgets", self.budgets, "--bytes", "0.5,0.25,0.1875,0.125,0.09,0.0625"]]
             files = []
             for i, flags in enumerate(runs):
