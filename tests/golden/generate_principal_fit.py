@@ -3,7 +3,7 @@
 
     python3 tests/golden/generate_principal_fit.py        (needs Debian's python3-numpy only)
 
-An independent implementation of kernels/principal_fit.h: Householder QR with column pivoting where the backends use
+The committed ones are of the default model up to e1f52ef. An independent implementation of kernels/principal_fit.h: Householder QR with column pivoting where the backends use
 Gram-Schmidt and Cholesky. Each case is one raw file of little-endian values, read by tests/kernels/principal_fit_test.cc:
 int32 n, m, held_out, d, count, forced, then float32 keys [n,d], values [n,d], log_mass [n], queries [m,d],
 held-out queries [held_out,d], then the answer: int32 chosen [count], float32 values [count,d], log_mass [count], gap
