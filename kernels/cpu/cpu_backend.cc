@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/panels.h"
 #include "kernels/cpu/principal_fit.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/host_memory.h"
 #include "kernels/low_rank.h"
@@ -39,25 +39,6 @@ constexpr int64_t kAmxRows = 64;
 constexpr double kVnniSpeed = 3.2, kBF16Speed = 2.1, kAmxInt8Speed = 5.5, kAmxBF16Speed = 8.8;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Scratch of one thread: grows to the largest op seen (the first steps), then stays.
-class Scratch {
- public:
-  float* Reserve(size_t floats) {
-    if (floats > size_) {
-      memory_.reset(static_cast<float*>(::operator new (floats * sizeof(float), std::align_val_t{64})));
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { ::operator delete (memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  size_t size_ = 0;
-};
 
 class CpuBackend final : public Backend {
  public:

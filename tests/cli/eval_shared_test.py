@@ -8,6 +8,8 @@ import unittest
 from atp_binary import SHARED, atp, skip
 
 STORIES = os.path.join(SHARED, "models", "stories260K")
+BOOTSTRAP = os.path.join(SHARED, "models", "bootstrap")  # the first default model: none of its heads needs all of its keys
+BOOTSTRAP_BUDGETS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bootstrap_budgets.json")
 RECALL = os.path.join(SHARED, "models", "recall")
 TEXT = os.path.join(SHARED, "text", "tinystories_valid.txt")
 
@@ -17,6 +19,37 @@ def evaluate(*args):
     assert done.returncode == 0, done.stderr
     row, = json.loads(done.stdout)["rows"]
     return row
+
+
+def bootstrap(*args):
+    done = atp("eval", "--model", BOOTSTRAP, "--ids", os.path.join(BOOTSTRAP, "eval_ids.npy"), "--from", 256, "--segment", 128,
+               "--window", 128, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
+class Bootstrap(unittest.TestCase):
+    """The plan's bounds, all heads alike, on held-out books."""
+
+    def test_compressed_history_answers_alike(self):
+        rows = bootstrap("--ratio", "1,0.5,0.25,0.125")
+        for row, most in zip(rows, (0, 2e-4, 1e-3, 3e-3)):
+            self.assertLessEqual(row["kl"], most)
+            self.assertLessEqual(abs(row["cross_entropy"] / rows[0]["cross_entropy"] - 1), 1e-3)
+
+    def test_principal_keys_beat_other_choices(self):
+        for ratio, factor in ((0.5, 8), (0.25, 8), (0.125, 3)):
+            ours, *others = bootstrap("--ratio", ratio, "--baseline", "none,recent,attention,unfitted")
+            self.assertEqual([row["method"] for row in others], ["recent", "attention", "unfitted"])
+            for row in others:
+                self.assertGreater(row["kl"], factor * ours["kl"], row)
+
+    def test_bytes_are_spent_well(self):
+        rows = bootstrap("--budgets", BOOTSTRAP_BUDGETS, "--bytes", "0.125,0.0625")
+        for row, share, most in zip(rows, (0.125, 0.0625), (5e-4, 1e-3)):
+            self.assertLessEqual(row["bf16_bytes_ratio"], share)
+            self.assertGreater(row["bf16_bytes_ratio"], 0.9 * share)
+            self.assertLess(row["kl"], most)
 
 
 class Shared(unittest.TestCase):
@@ -53,7 +86,7 @@ class Shared(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    for path in (STORIES, RECALL, TEXT):
+    for path in (STORIES, BOOTSTRAP, RECALL, TEXT):
         if not os.path.exists(path):
             skip(f"{os.path.normpath(path)} does not exist")
     unittest.main(verbosity=2)
