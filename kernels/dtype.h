@@ -30,6 +30,8 @@ constexpr DTypeBlock BlockOf(DType dtype) {
 
 constexpr std::string_view Name(DType dtype) { return BlockOf(dtype).name; }
 constexpr bool IsQuantized(DType dtype) { return BlockOf(dtype).elements > 1; }
+// Of eight sub-blocks of 32, with scales of their own that the block scales once more.
+constexpr bool IsKQuant(DType dtype) { return BlockOf(dtype).elements == 256; }
 
 // cols: a multiple of the block's elements.
 constexpr size_t RowBytes(DType dtype, int64_t cols) {

@@ -42,36 +42,28 @@ void DequantizeQ4(const uint8_t* block, float* out) {
   }
 }
 
-// d, dmin: fp16; 12 bytes of scales and minima; for q5_k the fifth bits (bit s of byte i: element i of
-// sub-block s); then the low four bits, two sub-blocks to 32 bytes.
-void DequantizeK45(const uint8_t* block, bool five_bits, float* out) {
-  const float d = HalfAt(block);
-  const float dmin = HalfAt(block + 2);
-  const uint8_t* high = block + 16;
-  const uint8_t* low = five_bits ? high + 32 : high;
+// d, dmin: fp16; 12 bytes of scales and minima.
+void DequantizeK45(DType dtype, const uint8_t* block, float* out) {
+  const float d = HalfAt(block), dmin = HalfAt(block + 2);
   for (int s = 0; s < 8; ++s) {
     const ScaleAndMin packed = KScaleAndMin(block + 4, s);
-    const float scale = d * static_cast<float>(packed.scale);
-    const float min = dmin * static_cast<float>(packed.min);
-    for (int i = 0; i < 32; ++i) {
-      int q = (low[s / 2 * 32 + i] >> (s % 2 * 4)) & 15;
-      if (five_bits) q += ((high[i] >> s) & 1) * 16;
-      out[s * 32 + i] = scale * static_cast<float>(q) - min;
-    }
+    const float scale = d * static_cast<float>(packed.scale), min = dmin * static_cast<float>(packed.min);
+    uint8_t elements[32];
+    KElements(dtype, block, s, elements);
+    for (int i = 0; i < 32; ++i) out[s * 32 + i] = scale * static_cast<float>(elements[i]) - min;
   }
 }
 
-// 128 bytes of low halves, 64 of upper two bits, 16 signed scales (one per 16 elements), d: fp16. Within each
-// half of 128 elements, quarter g has its low bits in nibble g / 2 of bytes 32 · (g % 2) + i, and its upper
-// bits at 2g of byte i.
+// After the elements 16 signed scales, one per 16 elements, and d: fp16.
 void DequantizeQ6K(const uint8_t* block, float* out) {
   const float d = HalfAt(block + 208);
-  for (int e = 0; e < 256; ++e) {
-    const int half = e / 128, g = e % 128 / 32, i = e % 32;
-    const int low = (block[half * 64 + g % 2 * 32 + i] >> (g / 2 * 4)) & 15;
-    const int high = (block[128 + half * 32 + i] >> (2 * g)) & 3;
-    const float scale = d * static_cast<float>(static_cast<int8_t>(block[192 + e / 16]));
-    out[e] = scale * static_cast<float>((low | high << 4) - 32);
+  for (int s = 0; s < 8; ++s) {
+    uint8_t elements[32];
+    KElements(DType::kQ6_K, block, s, elements);
+    for (int i = 0; i < 32; ++i) {
+      const float scale = d * static_cast<float>(static_cast<int8_t>(block[192 + 2 * s + i / 16]));
+      out[s * 32 + i] = scale * static_cast<float>(elements[i] - 32);
+    }
   }
 }
 
@@ -177,6 +169,28 @@ ScaleAndMin KScaleAndMin(const uint8_t* packed, int index) {
           static_cast<uint8_t>((low >> 4) | (packed[index] >> 6) << 4)};
 }
 
+// q4_k, q5_k: two sub-blocks share 32 bytes of low four bits; of q5_k, bit s of byte i before them is the
+// fifth of element i of sub-block s. q6_k: 128 bytes of low halves, 64 of upper two bits; within each half of
+// 128 elements, quarter g has its low bits in nibble g / 2 of bytes 32 · (g % 2) + i, its upper bits at 2g of
+// byte i.
+void KElements(DType dtype, const uint8_t* block, int index, uint8_t* elements) {
+  if (dtype == DType::kQ6_K) {
+    const int g = index % 4;
+    const uint8_t* low = block + index / 4 * 64 + g % 2 * 32;
+    const uint8_t* high = block + 128 + index / 4 * 32;
+    for (int i = 0; i < 32; ++i)
+      elements[i] = static_cast<uint8_t>(((low[i] >> (g / 2 * 4)) & 15) | ((high[i] >> (2 * g)) & 3) << 4);
+    return;
+  }
+  const uint8_t* high = block + 16;
+  const uint8_t* low = high + (dtype == DType::kQ5_K ? 32 : 0) + index / 2 * 32;
+  for (int i = 0; i < 32; ++i) {
+    elements[i] = (low[i] >> (index % 2 * 4)) & 15;
+    if (dtype == DType::kQ5_K)
+      elements[i] = static_cast<uint8_t>(elements[i] | ((high[i] >> index) & 1) << 4);
+  }
+}
+
 void DequantizeRow(DType dtype, const void* src, int64_t cols, float* out) {
   const DTypeBlock size = BlockOf(dtype);
   ABSL_ASSERT(cols % size.elements == 0);
@@ -209,7 +223,7 @@ void DequantizeRow(DType dtype, const void* src, int64_t cols, float* out) {
         break;
       case DType::kQ4_K:
       case DType::kQ5_K:
-        DequantizeK45(from, dtype == DType::kQ5_K, out);
+        DequantizeK45(dtype, from, out);
         break;
       case DType::kQ6_K:
         DequantizeQ6K(from, out);

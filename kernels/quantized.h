@@ -25,13 +25,15 @@ struct ScaleAndMin {
 };
 ScaleAndMin KScaleAndMin(const uint8_t* packed, int index);
 
+// The 32 elements of sub-block `index` (0..7) of a K-quant block, without their scale: q4_k 0..15, q5_k
+// 0..31, q6_k 0..63 (32 is its zero).
+void KElements(DType dtype, const uint8_t* block, int index, uint8_t* elements);
+
 // cols: a multiple of the block's elements. src need not be aligned.
 void DequantizeRow(DType dtype, const void* src, int64_t cols, float* out);
 
 // For these the library can make rows: f32, bf16, f16, q8_0, q4_0, q4.
-constexpr bool CanQuantizeTo(DType dtype) {
-  return dtype != DType::kQ4_K && dtype != DType::kQ5_K && dtype != DType::kQ6_K;
-}
+constexpr bool CanQuantizeTo(DType dtype) { return !IsKQuant(dtype); }
 
 // CanQuantizeTo(dtype); cols as above; out takes RowBytes(dtype, cols) and need not be aligned.
 // Deterministic. An infinity or NaN poisons its block only: the block becomes zeros in the quantised formats.

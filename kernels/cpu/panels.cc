@@ -61,21 +61,6 @@ void GetUnits(const uint8_t* from, int units, int lane, uint8_t* bytes) {
   for (int j = 0; j < units; ++j) std::memcpy(bytes + 4 * j, from + j * kUnit + lane * 4, 4);
 }
 
-// Elements of sub-block s of a K-quant block, without their scale: q5_k 0..31, q4_k 0..15, q6_k 0..63.
-void KElements(DType dtype, const uint8_t* block, int s, uint8_t* q) {
-  for (int i = 0; i < 32; ++i) {
-    if (dtype == DType::kQ6_K) {
-      const int half = s / 4, g = s % 4;
-      q[i] = static_cast<uint8_t>(((block[half * 64 + g % 2 * 32 + i] >> (g / 2 * 4)) & 15) |
-                                  ((block[128 + half * 32 + i] >> (2 * g)) & 3) << 4);
-    } else {
-      const uint8_t* low = block + (dtype == DType::kQ5_K ? 48 : 16);
-      q[i] = (low[s / 2 * 32 + i] >> (s % 2 * 4)) & 15;
-      if (dtype == DType::kQ5_K) q[i] = static_cast<uint8_t>(q[i] | ((block[16 + i] >> s) & 1) << 4);
-    }
-  }
-}
-
 void PackKBlock(const Lane& to, const uint8_t* block, int64_t super_index) {
   const DType dtype = to.layout.dtype;
   const bool six = dtype == DType::kQ6_K;

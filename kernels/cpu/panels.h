@@ -23,8 +23,6 @@ namespace atp::cpu {
 inline constexpr int kPanelOuts = 16;
 inline constexpr int kQuantBlock = 32;
 
-constexpr bool IsKQuant(DType d) { return d == DType::kQ4_K || d == DType::kQ5_K || d == DType::kQ6_K; }
-
 // Offsets in bytes from the start of a panel; every section starts at a multiple of 64.
 struct PanelLayout {
   DType dtype = DType::kF32;

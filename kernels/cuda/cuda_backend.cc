@@ -16,6 +16,7 @@
 #include "kernels/cuda/staging.h"
 #include "kernels/cuda/step_graph.h"
 #include "kernels/cuda/upload.h"
+#include "kernels/cuda/weight_planes.h"
 #include "kernels/host_memory.h"
 
 namespace atp::cuda {
@@ -113,16 +114,16 @@ class CudaBackend final : public Backend {
     return buffer;
   }
 
-  // q8_0 has products here; what is to be of another block-quantised type is kept as bf16.
   absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
     if (absl::Status possible = CheckConversion(host, dtype); !possible.ok()) return possible;
     Weight weight;
-    const bool q8 = dtype == DType::kQ8_0;
-    weight.view = {nullptr, IsQuantized(dtype) && !q8 ? DType::kBF16 : dtype, host.rows, host.cols, q8};
-    absl::StatusOr<Buffer> memory = Allocate(weight.view.bytes());
+    const bool planes = IsQuantized(dtype);
+    weight.view = {nullptr, dtype, host.rows, host.cols, planes};
+    absl::StatusOr<Buffer> memory =
+        Allocate(planes ? PlaneBytes(dtype, host.rows * host.cols).total() : weight.view.bytes());
     if (!memory.ok()) return memory.status();
-    const cudaError_t error = q8 ? uploader_.CopyAsQ8(memory->data(), host, context_.stream)
-                                 : uploader_.CopyAs(weight.view.dtype, memory->data(), host, context_.stream);
+    const cudaError_t error = planes ? uploader_.CopyAsPlanes(dtype, memory->data(), host, context_.stream)
+                                     : uploader_.CopyAs(dtype, memory->data(), host, context_.stream);
     if (error != cudaSuccess) {
       return absl::InternalError(
           absl::StrCat("cuda: copying a weight ", MatrixShape(host.rows, host.cols), ": ", Text(error)));

@@ -1,6 +1,7 @@
 // out[i] = table[indices[i]] as fp32: a block per row.
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/quantized_weight.cuh"
 #include "kernels/cuda/stored_float.cuh"
 
 namespace atp::cuda {
@@ -16,13 +17,36 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < dim; i += kThreads) to[i] = From::Value(row[i]);
 }
 
-// Of q8_0 in planes (upload.h). scales: [rows of the table, dim / 32].
-__global__ void __launch_bounds__(kThreads) GatherQ8Rows(const int8_t* table, const uint16_t* scales,
-                                                         const int32_t* indices, float* out, int64_t dim) {
+// Eight elements a thread.
+template <DType kDType>
+__global__ void __launch_bounds__(kThreads)
+    GatherQuantizedRows(const WeightPlanes table, const int32_t* indices, float* out, int64_t dim) {
   const int64_t row = indices[blockIdx.x] * dim;
   float* to = out + static_cast<int64_t>(blockIdx.x) * dim;
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads)
-    to[i] = HalfToFloat(scales[(row + i) / 32]) * static_cast<float>(table[row + i]);
+  for (int64_t i = 8 * static_cast<int64_t>(threadIdx.x); i < dim; i += 8 * kThreads) {
+    const Eight eight = LoadEight<kDType>(table, row + i);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to[i + e] = eight.value[e];
+  }
+}
+
+using QuantizedKernel = void (*)(WeightPlanes, const int32_t*, float*, int64_t);
+
+QuantizedKernel KernelOf(DType dtype) {
+  switch (dtype) {
+    case DType::kQ4_0:
+      return GatherQuantizedRows<DType::kQ4_0>;
+    case DType::kQ4:
+      return GatherQuantizedRows<DType::kQ4>;
+    case DType::kQ4_K:
+      return GatherQuantizedRows<DType::kQ4_K>;
+    case DType::kQ5_K:
+      return GatherQuantizedRows<DType::kQ5_K>;
+    case DType::kQ6_K:
+      return GatherQuantizedRows<DType::kQ6_K>;
+    default:
+      return GatherQuantizedRows<DType::kQ8_0>;
+  }
 }
 
 }  // namespace
@@ -31,18 +55,16 @@ cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args) {
   cudaError_t error;
   const int32_t* indices = context.staging->Upload(args.indices, context.stream, &error);
   if (error != cudaSuccess) return error;
-  if (args.table.dtype == DType::kQ8_0) {
-    const auto* table = static_cast<const int8_t*>(args.table.data);
-    return Launch("GatherRows", GatherQ8Rows, dim3(static_cast<unsigned>(args.indices.size())),
-                  dim3(kThreads), 0, context.stream, table,
-                  reinterpret_cast<const uint16_t*>(table + args.table.rows * args.table.cols), indices,
-                  args.out, args.table.cols);
+  const dim3 rows(static_cast<unsigned>(args.indices.size()));
+  if (IsQuantized(args.table.dtype)) {
+    return Launch("GatherRows", KernelOf(args.table.dtype), rows, dim3(kThreads), 0, context.stream,
+                  PlanesOf(args.table), indices, args.out, args.table.cols);
   }
   auto* kernel = GatherRowsKernel<StoredF32>;
   if (args.table.dtype == DType::kBF16) kernel = GatherRowsKernel<StoredBF16>;
   if (args.table.dtype == DType::kF16) kernel = GatherRowsKernel<StoredF16>;
-  return Launch("GatherRows", kernel, dim3(static_cast<unsigned>(args.indices.size())), dim3(kThreads), 0,
-                context.stream, args.table.data, indices, args.out, args.table.cols);
+  return Launch("GatherRows", kernel, rows, dim3(kThreads), 0, context.stream, args.table.data, indices,
+                args.out, args.table.cols);
 }
 
 }  // namespace atp::cuda

@@ -1,19 +1,20 @@
 // y = x·Wᵀ + bias (+ y). A result must not depend on how many rows are in the batch, so all kernels of a
 // weight type add up one output in one order:
-//   bf16 whose rows are 16-byte aligned, and q8_0, whose weights are rounded to bf16 on their way: tensor
-//     cores, x rounded to bf16. Slices of kSlice products are summed by m16n8k16 steps in the order that
-//     StepsOf() gives, then the slices from first to last.
+//   bf16 whose rows are 16-byte aligned, and block-quantised ones, rounded to bf16 on their way: tensor
+//   cores,
+//     x rounded to bf16. Slices of kSlice products are summed by m16n8k16 steps in the order that StepsOf()
+//     gives, then the slices from first to last.
 //   anything else: fp32 multiply-adds, one product after the other (matmul_float.cu).
 // Two kernels share the tensor-core order. SkinnyKernel, for decoding, is bound by the bytes of W: they go
 // from global memory straight into fragments, slices of one output are spread over the warps of a block.
 // TiledKernel, for prefill, is bound by arithmetic: W and x come through shared memory, three stages deep.
 #include <limits>
 #include <span>
-#include <type_traits>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/matmul_problem.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/quantized_weight.cuh"
 
 namespace atp::cuda {
 namespace {
@@ -33,18 +34,9 @@ struct Row8 {
 
 __device__ __forceinline__ Row8 FromVector(const uint4& v) { return {{v.x, v.y, v.z, v.w}}; }
 
-// Eight int8 times their block's scale, rounded to bf16. A byte b = q + 128 put into a float's mantissa is
-// 2^15 + b; times the scale, less (2^15 + 128) · scale, is q · scale: no step before the last one rounds.
-__device__ __forceinline__ uint32_t Q8Pair(uint32_t bytes, int i, float scale) {
-  const auto at = static_cast<uint32_t>(i);
-  const float low = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | at << 4));
-  const float high = __uint_as_float(__byte_perm(bytes, 0x47000000u, 0x7404u | (at + 1) << 4));
-  const float less = -32896.0f * scale;
-  return PackBF16(__fmaf_rn(low, scale, less), __fmaf_rn(high, scale, less));
-}
-__device__ __forceinline__ Row8 FromQ8(const uint2& v, float scale) {
-  const uint32_t first = v.x ^ 0x80808080u, last = v.y ^ 0x80808080u;
-  return {{Q8Pair(first, 0, scale), Q8Pair(first, 2, scale), Q8Pair(last, 0, scale), Q8Pair(last, 2, scale)}};
+__device__ __forceinline__ Row8 FromEight(const Eight& w) {
+  return {{PackBF16(w.value[0], w.value[1]), PackBF16(w.value[2], w.value[3]),
+           PackBF16(w.value[4], w.value[5]), PackBF16(w.value[6], w.value[7])}};
 }
 
 // c += the chunk's products. low, high: W's rows g and g + 8; x: its row g.
@@ -72,24 +64,20 @@ struct ReadBF16 {
   }
 };
 
-// How SkinnyKernel reads W.
-struct WeightBF16 {
-  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
-    const auto* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(out) * p.in + at;
+// How SkinnyKernel reads W, of dtype kW.
+template <DType kW>
+__device__ __forceinline__ Row8 LoadWeights(const Problem& p, int out, int at) {
+  const int64_t element = static_cast<int64_t>(out) * p.in + at;
+  if constexpr (kW == DType::kBF16) {
+    const auto* weight = static_cast<const uint16_t*>(p.weight.codes) + element;
     return FromVector(__ldcs(reinterpret_cast<const uint4*>(weight)));
+  } else {
+    return FromEight(LoadEight<kW>(p.weight, element));
   }
-};
-struct WeightQ8 {
-  static __device__ __forceinline__ Row8 Load(const Problem& p, int out, int at) {
-    const int64_t element = static_cast<int64_t>(out) * p.in + at;
-    const auto* weight = static_cast<const int8_t*>(p.weight) + element;
-    return FromQ8(__ldcs(reinterpret_cast<const uint2*>(weight)),
-                  HalfToFloat(p.scales[static_cast<uint64_t>(element) / kChunk]));
-  }
-};
+}
 
 // Fragments of one slice: kOutTiles · 16 outputs of kRowTiles · 8 rows.
-template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
+template <int kOutTiles, int kRowTiles, class ReadX, DType kW>
 __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int slice,
                                             float (&sums)[kOutTiles][kRowTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
@@ -102,7 +90,7 @@ __device__ __forceinline__ void SkinnySlice(const Problem& p, int first_out, int
     for (int half = 0; half < 2 * kOutTiles; ++half) {
       const int out = first_out + half * 8 + g;
       w[half / 2][half % 2] = {{0, 0, 0, 0}};
-      if (inside && out < p.out) w[half / 2][half % 2] = ReadW::Load(p, out, at);
+      if (inside && out < p.out) w[half / 2][half % 2] = LoadWeights<kW>(p, out, at);
     }
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
@@ -125,7 +113,7 @@ struct Products {
 
 // A block computes kOutTiles · 16 outputs of all rows of a product; rows <= kRowTiles · 8. Its warps take one
 // slice each of kWarps at a time; the block adds them up in order, while the warps are at the next ones.
-template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
+template <int kOutTiles, int kRowTiles, class ReadX, DType kW>
 __global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products) {
   constexpr int kOuts = kOutTiles * 16, kSums = kOuts * kRowTiles * 8;
   constexpr int kPerThread = (kSums + kThreads - 1) / kThreads;
@@ -137,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products
     block -= products.blocks[product++];
   const Problem& own = products.of[product];
   Problem p = products.of[0];  // whose x is everybody's
-  p.weight = own.weight, p.scales = own.scales, p.out = own.out;
+  p.weight = own.weight, p.out = own.out;
   const int first_out = block * kOuts;
   const int slices = CeilDiv(p.in, kSlice);
   float totals[kPerThread] = {};
@@ -145,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products
     const int buffer = round % 2 * kWarps * kSums;
     if (round * kWarps + warp < slices) {
       float sums[kOutTiles][kRowTiles][4] = {};
-      SkinnySlice<kOutTiles, kRowTiles, ReadX, ReadW>(p, first_out, round * kWarps + warp, sums);
+      SkinnySlice<kOutTiles, kRowTiles, ReadX, kW>(p, first_out, round * kWarps + warp, sums);
 #pragma unroll
       for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
         // Fragment element i of all lanes lies side by side.
@@ -174,102 +162,109 @@ __global__ void __launch_bounds__(kThreads) SkinnyKernel(const Products products
 }
 
 constexpr int kStages = 3;
-constexpr int kDepth = 64;            // of a stage
-constexpr int kVectors = kDepth / 8;  // 16-byte vectors of a row of a stage
+constexpr int kDepth = 64;  // of a stage
 
-// Where vector v of row r lies: a row is all 32 banks, and the four vectors that odd rows are asked for are
-// moved out of the way of the even rows'.
+// Of a row of a stage: 16-byte vectors, 8 of bf16, 4 of codes of 8 bits, 2 of 4.
+template <DType kW>
+constexpr int VectorsOf() {
+  if constexpr (kW == DType::kBF16)
+    return 8;
+  else
+    return QuantizedWeight<kW>::kNibbles ? 2 : 4;
+}
+
+// Where vector v of row r lies, in elements of two bytes. A row is 32, 16 or 8 banks; of every two, four or
+// eight rows the later half have their halves exchanged, out of the way of the others that are read with
+// them.
+template <int kVectors>
 __device__ __forceinline__ int TileIndex(int row, int vector) {
-  return row * kDepth + (vector ^ (row % 2 * 4)) * 8;
-}
-
-// The same in a tile of int8: a row is half the banks, and of four rows the last two have their halves
-// exchanged. Counted in pairs of bytes, as the tiles' elements are.
-__device__ __forceinline__ int Q8TileIndex(int row, int vector) {
-  return row * kDepth / 2 + (vector ^ (row / 2 % 2 * 2)) * 8;
-}
-
-template <int kRows>
-__device__ __forceinline__ void CopyQ8Tile(const Shared<uint16_t>& tile, int offset, const int8_t* from,
-                                           int rows, int in, int first, int at) {
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors / 2; i += kThreads) {
-    const int row = i / (kVectors / 2), vector = i % (kVectors / 2);
-    const bool inside = first + row < rows && at + vector * 16 < in;
-    const int64_t source = inside ? static_cast<int64_t>(first + row) * in + at + vector * 16 : 0;
-    CpAsync16(tile, offset + Q8TileIndex(row, vector), from + source, inside);
-  }
+  return (row * kVectors + (vector ^ (row / (8 / kVectors) % 2 * (kVectors / 2)))) * 8;
 }
 
 // Rows [first, first + kRows) of a [rows, in] matrix, elements [at, at + kDepth), zeros outside.
-template <int kRows>
-__device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offset, const uint16_t* from,
-                                         int rows, int in, int first, int at) {
+template <int kRows, int kVectors>
+__device__ __forceinline__ void CopyTile(const Shared<uint16_t>& tile, int offset, const void* from, int rows,
+                                         int in, int first, int at) {
+  constexpr int kElements = kDepth / kVectors;  // of a vector
 #pragma unroll
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kVectors; i += kThreads) {
     const int row = i / kVectors, vector = i % kVectors;
-    const bool inside = first + row < rows && at + vector * 8 < in;
-    const int64_t source = inside ? static_cast<int64_t>(first + row) * in + at + vector * 8 : 0;
-    CpAsync16(tile, offset + TileIndex(row, vector), from + source, inside);
+    const bool inside = first + row < rows && at + vector * kElements < in;
+    const int64_t element = inside ? static_cast<int64_t>(first + row) * in + at + vector * kElements : 0;
+    CpAsync16(tile, offset + TileIndex<kVectors>(row, vector),
+              static_cast<const uint4*>(from) + element / kElements, inside);
   }
 }
 
 // Eight warps, 4 by 2, of kOutTiles · 16 outputs and kRowTiles · 8 rows each.
-template <int kOutTiles, int kRowTiles, bool kQ8>
+template <int kOutTiles, int kRowTiles, DType kW>
 struct Tile {
   static constexpr int kOuts = 4 * kOutTiles * 16;
   static constexpr int kRows = 2 * kRowTiles * 8;
-  static constexpr int kWeightElements = kOuts * kDepth / (kQ8 ? 2 : 1);  // of two bytes
+  static constexpr int kWeightElements = kOuts * VectorsOf<kW>() * 8;  // of two bytes
   static constexpr int kStageElements = kWeightElements + kRows * kDepth;
 };
 
 // Of one stage, for the outputs that a lane loads; fetched a stage ahead.
-template <int kOutTiles>
+template <int kOutTiles, DType kW>
 struct StageScales {
   uint16_t of[2 * kOutTiles][kDepth / kChunk];
+  uint32_t super[2 * kOutTiles];
 
   __device__ __forceinline__ void Load(const Problem& p, int out, int step) {
+    if constexpr (kW != DType::kBF16) {
 #pragma unroll
-    for (int m = 0; m < 2 * kOutTiles; ++m) {
+      for (int m = 0; m < 2 * kOutTiles; ++m) {
+        const bool inside = out + m * 8 < p.out && step * kDepth < p.in;
+        const int64_t first = static_cast<int64_t>(out + m * 8) * p.in + step * kDepth;
+        if constexpr (IsKQuant(kW)) super[m] = inside ? p.weight.supers[first / 256] : 0;
 #pragma unroll
-      for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
-        const int at = step * (kDepth / kChunk) + chunk;
-        const bool inside = out + m * 8 < p.out && at < p.in / kChunk;
-        of[m][chunk] =
-            inside ? p.scales[static_cast<int64_t>(out + m * 8) * (p.in / kChunk) + at] : uint16_t{0};
+        for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
+          of[m][chunk] = inside && step * kDepth + chunk * kChunk < p.in
+                             ? p.weight.scales[first / kChunk + chunk]
+                             : uint16_t{0};
+        }
       }
     }
   }
 };
 
+// Chunk `chunk` of row `row` of the weights of a stage, a lane's eight elements of it.
+template <DType kW>
+__device__ __forceinline__ Row8 TileWeights(const Shared<uint16_t>& tiles, int offset, int row, int chunk,
+                                            int t, uint16_t scale, uint32_t super) {
+  constexpr int kVectors = VectorsOf<kW>(), kBytes = 2 * kVectors;  // of eight elements
+  const int byte = chunk * 4 * kBytes + t * kBytes;
+  const int at = offset + TileIndex<kVectors>(row, byte / 16) + byte % 16 / 2;
+  if constexpr (kW == DType::kBF16) {
+    return FromVector(tiles.LoadAs<uint4>(at));
+  } else {
+    using W = QuantizedWeight<kW>;
+    return FromEight(W::Decode(tiles.LoadAs<typename W::Codes>(at), scale, super, 8 * t));
+  }
+}
+
 // One stage's products.
-template <int kOutTiles, int kRowTiles, bool kQ8>
+template <int kOutTiles, int kRowTiles, DType kW>
 __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int offset,
-                                           const StageScales<kOutTiles>& scales,
+                                           const StageScales<kOutTiles, kW>& scales,
                                            float (&sums)[kOutTiles][kRowTiles][4]) {
-  using T = Tile<kOutTiles, kRowTiles, kQ8>;
+  using T = Tile<kOutTiles, kRowTiles, kW>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int g = lane / 4, t = lane % 4;
   const int out = warp / 2 * kOutTiles * 16 + g, row = warp % 2 * kRowTiles * 8 + g;
-  const auto load = [&](int base, int r, int vector) {
-    return FromVector(tiles.LoadAs<uint4>(base + TileIndex(r, vector)));
-  };
 #pragma unroll
   for (int chunk = 0; chunk < kDepth / kChunk; ++chunk) {
     Row8 w[kOutTiles][2];
 #pragma unroll
-    for (int m = 0; m < 2 * kOutTiles; ++m) {
-      if constexpr (kQ8) {
-        const int at = offset + Q8TileIndex(out + m * 8, chunk * 2 + t / 2) + t % 2 * 4;
-        w[m / 2][m % 2] = FromQ8(tiles.LoadAs<uint2>(at), HalfToFloat(scales.of[m][chunk]));
-      } else {
-        w[m / 2][m % 2] = load(offset, out + m * 8, chunk * 4 + t);
-      }
-    }
+    for (int m = 0; m < 2 * kOutTiles; ++m)
+      w[m / 2][m % 2] =
+          TileWeights<kW>(tiles, offset, out + m * 8, chunk, t, scales.of[m][chunk], scales.super[m]);
 #pragma unroll
     for (int n = 0; n < kRowTiles; ++n) {
-      const Row8 x = load(offset + T::kWeightElements, row + n * 8, chunk * 4 + t);
+      const Row8 x =
+          TileWeights<DType::kBF16>(tiles, offset + T::kWeightElements, row + n * 8, chunk, t, 0, 0);
 #pragma unroll
       for (int m = 0; m < kOutTiles; ++m) StepsOf(sums[m][n], w[m][0], w[m][1], x);
     }
@@ -277,9 +272,9 @@ __device__ __forceinline__ void TiledSteps(const Shared<uint16_t>& tiles, int of
 }
 
 // Grid: (blocks of rows, blocks of outputs): neighbours share W.
-template <int kOutTiles, int kRowTiles, bool kQ8>
+template <int kOutTiles, int kRowTiles, DType kW>
 __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
-  using T = Tile<kOutTiles, kRowTiles, kQ8>;
+  using T = Tile<kOutTiles, kRowTiles, kW>;
   SharedArena arena;
   const Shared<uint16_t> tiles = arena.Take<uint16_t>(kStages * T::kStageElements);
   const int first_row = static_cast<int>(blockIdx.x) * T::kRows,
@@ -288,22 +283,18 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
   const auto fetch = [&](int step) {
     if (step < steps) {
       const int offset = step % kStages * T::kStageElements;
-      if constexpr (kQ8) {
-        CopyQ8Tile<T::kOuts>(tiles, offset, static_cast<const int8_t*>(p.weight), p.out, p.in, first_out,
-                             step * kDepth);
-      } else {
-        CopyTile<T::kOuts>(tiles, offset, static_cast<const uint16_t*>(p.weight), p.out, p.in, first_out,
-                           step * kDepth);
-      }
-      CopyTile<T::kRows>(tiles, offset + T::kWeightElements, p.half, p.rows, p.in, first_row, step * kDepth);
+      CopyTile<T::kOuts, VectorsOf<kW>()>(tiles, offset, p.weight.codes, p.out, p.in, first_out,
+                                          step * kDepth);
+      CopyTile<T::kRows, VectorsOf<DType::kBF16>()>(tiles, offset + T::kWeightElements, p.half, p.rows, p.in,
+                                                    first_row, step * kDepth);
     }
     CpAsyncCommit();  // an empty group too: the count of groups is what is waited for
   };
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int lane_out = first_out + warp / 2 * kOutTiles * 16 + lane / 4;
-  StageScales<kOutTiles> scales, next;
-  if constexpr (kQ8) next.Load(p, lane_out, 0);
+  StageScales<kOutTiles, kW> scales = {}, next = {};
+  next.Load(p, lane_out, 0);
   float totals[kOutTiles][kRowTiles][4] = {};
   float sums[kOutTiles][kRowTiles][4] = {};
   for (int step = 0; step < kStages - 1; ++step) fetch(step);
@@ -311,11 +302,9 @@ __global__ void __launch_bounds__(kThreads) TiledKernel(Problem p) {
     CpAsyncWait<kStages - 2>();
     __syncthreads();  // this step's stage is there for all, and all have left the stage that is fetched next
     fetch(step + kStages - 1);
-    if constexpr (kQ8) {
-      scales = next;
-      next.Load(p, lane_out, step + 1);
-    }
-    TiledSteps<kOutTiles, kRowTiles, kQ8>(tiles, step % kStages * T::kStageElements, scales, sums);
+    scales = next;
+    next.Load(p, lane_out, step + 1);
+    TiledSteps<kOutTiles, kRowTiles, kW>(tiles, step % kStages * T::kStageElements, scales, sums);
     if ((step + 1) % (kSlice / kDepth) != 0 && step + 1 != steps) continue;
 #pragma unroll
     for (int i = 0; i < kOutTiles * kRowTiles * 4; ++i) {
@@ -341,7 +330,7 @@ __global__ void __launch_bounds__(kThreads) RoundKernel(const float* x, uint16_t
       make_uint4(PackBF16(a.x, a.y), PackBF16(a.z, a.w), PackBF16(b.x, b.y), PackBF16(b.z, b.w));
 }
 
-template <int kOutTiles, int kRowTiles, class ReadX, class ReadW>
+template <int kOutTiles, int kRowTiles, class ReadX, DType kW>
 cudaError_t Skinny(const OpContext& context, std::span<const Problem> problems) {
   constexpr int kOuts = kOutTiles * 16;
   Products products{};
@@ -354,16 +343,16 @@ cudaError_t Skinny(const OpContext& context, std::span<const Problem> problems) 
     products.blocks[i] = CeilDiv(problems[i].out, kOuts);
     blocks += products.blocks[i];
   }
-  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX, ReadW>,
+  return Launch("MatMul skinny", SkinnyKernel<kOutTiles, kRowTiles, ReadX, kW>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
                 SharedBytes<float>(2 * kWarps * kOuts * kRowTiles * 8), context.stream, products);
 }
 
-template <int kOutTiles, int kRowTiles, bool kQ8>
+template <int kOutTiles, int kRowTiles, DType kW>
 cudaError_t Tiled(const OpContext& context, const Problem& p) {
-  using T = Tile<kOutTiles, kRowTiles, kQ8>;
+  using T = Tile<kOutTiles, kRowTiles, kW>;
   return Launch(
-      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles, kQ8>,
+      "MatMul tiled", TiledKernel<kOutTiles, kRowTiles, kW>,
       dim3(static_cast<unsigned>(CeilDiv(p.rows, T::kRows)), static_cast<unsigned>(CeilDiv(p.out, T::kOuts))),
       dim3(kThreads), SharedBytes<uint16_t>(kStages * T::kStageElements), context.stream, p);
 }
@@ -375,8 +364,7 @@ constexpr int kMostSkinnyRows = 32;
 constexpr int kMostRowsOfSmallTiles = 256;
 
 bool OnTensorCores(const MatMulArgs& args) {
-  return args.weight.dtype == DType::kQ8_0 ||
-         (args.weight.dtype == DType::kBF16 && args.weight.cols % 8 == 0);
+  return IsQuantized(args.weight.dtype) || (args.weight.dtype == DType::kBF16 && args.weight.cols % 8 == 0);
 }
 
 // x as bf16: [rows, in].
@@ -392,30 +380,44 @@ cudaError_t Round(const OpContext& context, const MatMulArgs& args, const uint16
                 count);
 }
 
-// Up to kMostTogether problems of the same x.
-template <bool kQ8>
+// Up to kMostTogether problems of the same x, weights of kW.
+template <DType kW>
 cudaError_t TensorCores(const OpContext& context, std::span<const Problem> problems) {
-  using ReadW = std::conditional_t<kQ8, WeightQ8, WeightBF16>;
   const int rows = problems[0].rows;
-  if (rows <= 8) return Skinny<1, 1, ReadF32, ReadW>(context, problems);
-  if (rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, ReadW>(context, problems);
-  if (rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, ReadW>(context, problems);
+  if (rows <= 8) return Skinny<1, 1, ReadF32, kW>(context, problems);
+  if (rows <= kMostRowsAsTheyAre) return Skinny<1, 2, ReadF32, kW>(context, problems);
+  if (rows <= kMostSkinnyRows) return Skinny<1, 4, ReadBF16, kW>(context, problems);
   for (const Problem& p : problems) {
     const cudaError_t error =
-        rows <= kMostRowsOfSmallTiles ? Tiled<1, 4, kQ8>(context, p) : Tiled<2, 8, kQ8>(context, p);
+        rows <= kMostRowsOfSmallTiles ? Tiled<1, 4, kW>(context, p) : Tiled<2, 8, kW>(context, p);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
+cudaError_t TensorCores(const OpContext& context, std::span<const Problem> problems, DType weight) {
+  switch (weight) {
+    case DType::kQ8_0:
+      return TensorCores<DType::kQ8_0>(context, problems);
+    case DType::kQ4_0:
+      return TensorCores<DType::kQ4_0>(context, problems);
+    case DType::kQ4:
+      return TensorCores<DType::kQ4>(context, problems);
+    case DType::kQ4_K:
+      return TensorCores<DType::kQ4_K>(context, problems);
+    case DType::kQ5_K:
+      return TensorCores<DType::kQ5_K>(context, problems);
+    case DType::kQ6_K:
+      return TensorCores<DType::kQ6_K>(context, problems);
+    default:
+      return TensorCores<DType::kBF16>(context, problems);
+  }
+}
+
 Problem ProblemOf(const MatMulArgs& args, const uint16_t* half) {
-  const std::byte* scales = nullptr;
-  if (args.weight.dtype == DType::kQ8_0)
-    scales = static_cast<const std::byte*>(args.weight.data) + args.weight.rows * args.weight.cols;
   return {args.x,
           half,
-          args.weight.data,
-          reinterpret_cast<const uint16_t*>(scales),
+          PlanesOf(args.weight),
           args.bias,
           args.y,
           static_cast<int>(args.rows),
@@ -446,9 +448,7 @@ cudaError_t MatMuls(const OpContext& context, std::span<const MatMulArgs> produc
     size_t count = 0;
     while (count < kMostTogether && i < products.size() && products[i].weight.dtype == dtype)
       together[count++] = ProblemOf(products[i++], half);
-    const std::span<const Problem> problems(together, count);
-    error =
-        dtype == DType::kQ8_0 ? TensorCores<true>(context, problems) : TensorCores<false>(context, problems);
+    error = TensorCores(context, {together, count}, dtype);
   }
   return error;
 }

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) PlainKernel(MatMulProblem p) {
             band = static_cast<int>(threadIdx.x) / kPlainTile;
   const int first_row = static_cast<int>(blockIdx.x) * kPlainTile,
             first_out = static_cast<int>(blockIdx.y) * kPlainTile;
-  const auto* weight = static_cast<const typename Weight::Stored*>(p.weight);
+  const auto* weight = static_cast<const typename Weight::Stored*>(p.weight.codes);
   float sums[kRowsPerThread] = {};
   for (int at = 0; at < p.in; at += kPlainTile) {
     const int k = at + column;

@@ -4,16 +4,16 @@
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/weight_planes.h"
 
 namespace atp::cuda {
 
 struct MatMulProblem {
-  const float* x;          // [rows, in]
-  const uint16_t* half;    // x as bf16, for kernels that read it so
-  const void* weight;      // [out, in]
-  const uint16_t* scales;  // [out, in / 32], of q8_0
-  const float* bias;       // [out] or null
-  float* y;                // [rows, out]
+  const float* x;        // [rows, in]
+  const uint16_t* half;  // x as bf16, for kernels that read it so
+  WeightPlanes weight;   // [out, in]
+  const float* bias;     // [out] or null
+  float* y;              // [rows, out]
   int rows, in, out;
   bool accumulate;
   uint8_t padding[3] = {};

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels/cuda/weight_planes.h"
 #include "kernels/quantized.h"
 
 namespace atp::cuda {
@@ -79,39 +80,42 @@ cudaError_t Uploader::CopyAs(DType dtype, void* device, const TensorView& host, 
   return CopyFilled(device, static_cast<size_t>(host.rows * host.cols) * size, stream, fill);
 }
 
-cudaError_t Uploader::CopyAsQ8(void* device, const TensorView& host, cudaStream_t stream) {
-  constexpr size_t kElements = BlockOf(DType::kQ8_0).elements, kBytes = BlockOf(DType::kQ8_0).bytes;
-  constexpr size_t kScale = kBytes - kElements, kRunBlocks = kRun / kElements;
-  constexpr size_t kSlotBlocks = kSlotBytes / kBytes / kRunBlocks * kRunBlocks;
-  const auto elements = static_cast<size_t>(host.rows * host.cols), blocks = elements / kElements;
-  auto* to = static_cast<std::byte*>(device);
+cudaError_t Uploader::CopyAsPlanes(DType dtype, void* device, const TensorView& host, cudaStream_t stream) {
+  // A slot takes whole runs, their planes one behind the other. No plane has more than a byte per element.
+  constexpr int64_t kRunElements = kRun, kSlotElements = kSlotBytes / 2 / kRun * kRun;
+  const int64_t elements = host.rows * host.cols;
+  const WeightPlaneBytes all = PlaneBytes(dtype, elements);
   std::vector<float> values(kRun);
-  std::vector<std::byte> run(kRunBlocks * kBytes);
-  for (size_t done = 0; done < blocks;) {
-    const size_t count = std::min(blocks - done, kSlotBlocks);
+  std::vector<std::byte> run(RowBytes(dtype, kRunElements));
+  for (int64_t done = 0; done < elements;) {
+    const int64_t count = std::min(elements - done, kSlotElements);
     Slot* slot;
     cudaError_t error = Take(&slot);
     if (error != cudaSuccess) return error;
-    auto* pinned = static_cast<std::byte*>(slot->pinned);
-    for (size_t at = 0; at < count; at += kRunBlocks) {
-      const size_t some = std::min(count - at, kRunBlocks);
-      const auto first = static_cast<int64_t>((done + at) * kElements);
-      const auto* from = static_cast<const std::byte*>(host.data) + RowBytes(host.dtype, first);
-      if (host.dtype != DType::kQ8_0) {
-        DequantizeRow(host.dtype, from, static_cast<int64_t>(some * kElements), values.data());
-        QuantizeRow(DType::kQ8_0, values.data(), static_cast<int64_t>(some * kElements), run.data());
+    const WeightPlaneBytes part = PlaneBytes(dtype, count);
+    auto* codes = static_cast<std::byte*>(slot->pinned);
+    std::byte *scales = codes + part.codes, *supers = scales + part.scales;
+    for (int64_t at = 0; at < count; at += kRunElements) {
+      const int64_t some = std::min(count - at, kRunElements);
+      const auto* from = static_cast<const std::byte*>(host.data) + RowBytes(host.dtype, done + at);
+      if (host.dtype != dtype) {
+        DequantizeRow(host.dtype, from, some, values.data());
+        QuantizeRow(dtype, values.data(), some, run.data());
         from = run.data();
       }
-      for (size_t b = at; b < at + some; ++b, from += kBytes) {
-        std::memcpy(pinned + count * kElements + b * kScale, from, kScale);
-        std::memcpy(pinned + b * kElements, from + kScale, kElements);
-      }
+      const WeightPlaneBytes before = PlaneBytes(dtype, at);
+      SplitIntoPlanes(dtype, from, some, codes + before.codes, scales + before.scales,
+                      supers + before.supers);
     }
-    error = cudaMemcpyAsync(to + done * kElements, pinned, count * kElements, cudaMemcpyHostToDevice, stream);
-    if (error == cudaSuccess) {
-      error = cudaMemcpyAsync(to + elements + done * kScale, pinned + count * kElements, count * kScale,
-                              cudaMemcpyHostToDevice, stream);
-    }
+    const WeightPlaneBytes before = PlaneBytes(dtype, done);
+    const auto send = [&](size_t offset, const std::byte* from, size_t bytes) {
+      if (error != cudaSuccess || bytes == 0) return;
+      error = cudaMemcpyAsync(static_cast<std::byte*>(device) + offset, from, bytes, cudaMemcpyHostToDevice,
+                              stream);
+    };
+    send(before.codes, codes, part.codes);
+    send(all.codes + before.scales, scales, part.scales);
+    send(all.codes + all.scales + before.supers, supers, part.supers);
     if (error == cudaSuccess) error = cudaEventRecord(slot->done, stream);
     if (error != cudaSuccess) return error;
     done += count;

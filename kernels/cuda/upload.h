@@ -23,8 +23,8 @@ class Uploader {
   cudaError_t Copy(void* device, const void* host, size_t bytes, cudaStream_t stream);
   // All elements of `host` as `dtype`, one that is not quantised. They are converted in the pinned buffers.
   cudaError_t CopyAs(DType dtype, void* device, const TensorView& host, cudaStream_t stream);
-  // All elements as q8_0, in planes: int8 [rows, cols] and behind them fp16 scales [rows, cols / 32].
-  cudaError_t CopyAsQ8(void* device, const TensorView& host, cudaStream_t stream);
+  // All elements as `dtype`, one that is quantised, in planes one behind the other (weight_planes.h).
+  cudaError_t CopyAsPlanes(DType dtype, void* device, const TensorView& host, cudaStream_t stream);
 
  private:
   struct Slot {

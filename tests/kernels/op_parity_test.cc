@@ -51,7 +51,7 @@ TEST_P(OpParity, GatherRowsOfQuantizedWeights) {
     const int64_t dim = 768;
     const Matrix table = RandomMatrix(random_, dtype, 23, dim);
     const BothWeights loaded(*actual_, *reference_, table);
-    EXPECT_EQ(loaded.actual.view.dtype, IsCuda(GetParam()) && dtype != DType::kQ8_0 ? DType::kBF16 : dtype);
+    EXPECT_EQ(loaded.actual.view.dtype, dtype);
     std::vector<int32_t> indices(40);
     for (int32_t& index : indices) index = UniformInt(random_, 0, 22);
     std::vector<float> actual = Poison(indices.size() * dim), expected = Poison(indices.size() * dim);
@@ -63,7 +63,7 @@ TEST_P(OpParity, GatherRowsOfQuantizedWeights) {
 
 // Quantised weights meet x in int8: rows that int8 holds exactly must come out as exact as sums of fp32 do.
 // The same for bf16 under activation_dtype bf16, and on tensor cores; there, x_unit is what rounding x costs,
-// or rounding q8_0's weights.
+// or rounding quantised weights.
 void CheckMatMul(Random& random, Backend& backend, Backend& reference, DType dtype, DType x_dtype,
                  int64_t rows, int64_t in, int64_t out, double x_unit = 0) {
   const Matrix weight = RandomMatrix(random, dtype, out, in);
@@ -123,9 +123,8 @@ TEST_P(OpParity, MatMulQuantizedWeights) {
       for (const int64_t blocks : Few(IsCuda(GetParam()), {1, 3, 33}, {3})) {
         const int64_t in = block * (block == 256 ? std::min<int64_t>(blocks, 5) : blocks);
         for (const int64_t out : Few(IsCuda(GetParam()), {1, 16, 21, 50}, {21})) {
-          const bool rounds = IsCuda(GetParam()) && dtype == DType::kQ8_0;
           CheckMatMul(random_, *actual_, *reference_, dtype, DType::kF32, rows, in, out,
-                      rounds ? kBF16Unit : 0);
+                      IsCuda(GetParam()) ? kBF16Unit : 0);
           ASSERT_FALSE(HasFailure());
         }
       }
@@ -133,24 +132,28 @@ TEST_P(OpParity, MatMulQuantizedWeights) {
   }
 }
 
-// Tensor cores multiply bf16: q8_0 weights are what they would be as bf16, bit for bit, in every kernel.
-TEST_P(OpParity, MatMulOfQ8OnTensorCores) {
-  if (!IsCuda(GetParam())) GTEST_SKIP() << "q8_0 weights meet int8 there";
+// Tensor cores multiply bf16: quantised weights are what they would be as bf16, bit for bit, in every kernel.
+TEST_P(OpParity, MatMulOfQuantizedWeightsOnTensorCores) {
+  if (!IsCuda(GetParam())) GTEST_SKIP() << "quantised weights meet int8 there";
   const struct {
     int64_t rows, in, out;
   } shapes[] = {{1, 96, 97}, {9, 1184, 33}, {17, 544, 20}, {40, 1184, 70}, {300, 160, 130}};
-  for (const auto& shape : shapes) {
-    const Matrix matrix = RandomMatrix(random_, DType::kQ8_0, shape.out, shape.in);
-    const Weight q8 = Loaded(*actual_, matrix);
-    const Weight bf16 = actual_->LoadWeight(matrix.view, DType::kBF16).value();
-    ASSERT_EQ(q8.view.dtype, DType::kQ8_0);
-    ASSERT_EQ(bf16.view.dtype, DType::kBF16);
-    const std::vector<float> x = Normals(random_, shape.rows * shape.in), bias = Normals(random_, shape.out);
-    std::vector<float> actual = Poison(shape.rows * shape.out), expected = Poison(actual.size());
-    actual_->MatMul({x.data(), q8.view, bias.data(), actual.data(), shape.rows, false});
-    actual_->MatMul({x.data(), bf16.view, bias.data(), expected.data(), shape.rows, false});
-    EXPECT_EQ(std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(float)), 0)
-        << shape.rows << " rows, " << shape.in << " in, " << shape.out << " out";
+  for (const DType dtype : kQuantized) {
+    const int block = BlockOf(dtype).elements;
+    for (const auto& shape : shapes) {
+      const int64_t in = (shape.in + block - 1) / block * block;
+      const Matrix matrix = RandomMatrix(random_, dtype, shape.out, in);
+      const Weight quantized = Loaded(*actual_, matrix);
+      const Weight bf16 = actual_->LoadWeight(matrix.view, DType::kBF16).value();
+      ASSERT_EQ(quantized.view.dtype, dtype);
+      ASSERT_EQ(bf16.view.dtype, DType::kBF16);
+      const std::vector<float> x = Normals(random_, shape.rows * in), bias = Normals(random_, shape.out);
+      std::vector<float> actual = Poison(shape.rows * shape.out), expected = Poison(actual.size());
+      actual_->MatMul({x.data(), quantized.view, bias.data(), actual.data(), shape.rows, false});
+      actual_->MatMul({x.data(), bf16.view, bias.data(), expected.data(), shape.rows, false});
+      EXPECT_EQ(std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(float)), 0)
+          << Name(dtype) << ": " << shape.rows << " rows, " << in << " in, " << shape.out << " out";
+    }
   }
 }
 

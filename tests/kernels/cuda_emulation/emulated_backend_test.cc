@@ -79,45 +79,40 @@ TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
   EXPECT_TRUE(back == values);
 }
 
-TEST(EmulatedBackend, QuantizedWeightsBecomeBf16) {
+// As the file has them, or quantised from rows of another type.
+TEST(EmulatedBackend, QuantizedWeightsAreKeptInPlanes) {
   const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
   Random random(TestSeed());
-  for (const DType dtype : {DType::kQ4_0, DType::kQ4_K, DType::kF32}) {
+  const struct {
+    DType from, to;
+  } cases[] = {{DType::kQ8_0, DType::kQ8_0}, {DType::kF32, DType::kQ8_0},  {DType::kQ4_0, DType::kQ4_0},
+               {DType::kBF16, DType::kQ4},   {DType::kQ4_K, DType::kQ4_K}, {DType::kQ5_K, DType::kQ5_K},
+               {DType::kQ6_K, DType::kQ6_K}};
+  for (const auto& [from, to] : cases) {
     // More than one of the uploader's buffers, and its last run is not a whole one.
-    const Matrix matrix = RandomMatrix(random, dtype, 4099, 1280);
-    const DType kept = IsQuantized(dtype) ? dtype : DType::kQ4;  // as the file has it, or as it was asked for
-    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, kept);
+    const int64_t rows = 4099, cols = 1280;
+    const Matrix matrix = RandomMatrix(random, from, rows, cols);
+    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, to);
     ASSERT_TRUE(weight.ok()) << weight.status();
-    ASSERT_EQ(weight->view.dtype, DType::kBF16);
-    std::vector<uint16_t> back(weight->view.bytes() / sizeof(uint16_t)), expected(back.size());
-    backend->CopyToHost(back.data(), weight->view.data, weight->view.bytes());
-    const std::vector<float> values = matrix.Values();
-    for (size_t i = 0; i < values.size(); ++i) expected[i] = FloatToBF16(values[i]);
-    EXPECT_TRUE(back == expected) << Name(dtype);
-  }
-}
-
-// All int8 and then all scales, as the file has them or as rows of another type are quantised.
-TEST(EmulatedBackend, Q8WeightsAreKeptInPlanes) {
-  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
-  Random random(TestSeed());
-  for (const DType dtype : {DType::kQ8_0, DType::kF32}) {
-    const Matrix matrix = RandomMatrix(random, dtype, 7001, 1248);  // more than one of the uploader's buffers
-    const absl::StatusOr<Weight> weight = backend->LoadWeight(matrix.view, DType::kQ8_0);
-    ASSERT_TRUE(weight.ok()) << weight.status();
-    ASSERT_EQ(weight->view.dtype, DType::kQ8_0);
+    ASSERT_EQ(weight->view.dtype, to);
     EXPECT_TRUE(weight->view.packed);
-    std::vector<std::byte> rows(weight->view.bytes()), expected(rows.size()), back(rows.size());
-    const size_t elements = 7001 * 1248;
-    const std::vector<float> values = matrix.Values();
-    QuantizeRow(DType::kQ8_0, values.data(), static_cast<int64_t>(elements), rows.data());
-    if (dtype == DType::kQ8_0) rows = matrix.bytes;
-    for (size_t b = 0; b < elements / 32; ++b) {
-      std::memcpy(&expected[b * 32], &rows[b * 34 + 2], 32);
-      std::memcpy(&expected[elements + b * 2], &rows[b * 34], 2);
+    std::vector<std::byte> blocks = matrix.bytes;
+    if (from != to) {
+      const std::vector<float> values = matrix.Values();
+      blocks.resize(RowBytes(to, rows * cols));
+      QuantizeRow(to, values.data(), rows * cols, blocks.data());
     }
-    backend->CopyToHost(back.data(), weight->view.data, back.size());
-    EXPECT_TRUE(back == expected) << Name(dtype);
+    std::vector<float> expected(rows * cols), actual(rows * cols);
+    DequantizeRow(to, blocks.data(), rows * cols, expected.data());
+    std::vector<int32_t> all(rows);
+    std::iota(all.begin(), all.end(), 0);
+    backend->GatherRows({weight->view, all, actual.data()});
+    ASSERT_TRUE(backend->Synchronize().ok());
+    EXPECT_TRUE(actual == expected) << Name(from) << " as " << Name(to);
+    // 4.5 bits for 4, 8.5 for 8, and of K-quants 4.625 and 8.625: the fifth and the sixth bit cost a byte.
+    const double bits = static_cast<double>(weight->memory.bytes()) * 8 / static_cast<double>(rows * cols);
+    const bool four = to == DType::kQ4_0 || to == DType::kQ4 || to == DType::kQ4_K;
+    EXPECT_EQ(bits, (four ? 4.5 : 8.5) + (IsKQuant(to) ? 0.125 : 0)) << Name(to);
   }
 }
 
