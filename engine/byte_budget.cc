@@ -8,8 +8,10 @@
 namespace atp {
 namespace {
 
-constexpr double kNothing = 1e-9;  // KL below this is noise
-constexpr double kPower = 1.5;     // KL grows like ratio^-p beyond what was measured
+constexpr double kNothing = 1e-9;   // KL below this is noise
+constexpr double kFewer = 1.001;    // fewer entries are always worse, if only a little
+constexpr double kPower = 1.5;      // KL grows like ratio^-p beyond what was measured
+constexpr double kSameMean = 1e-3;  // means this near, relatively, are the same: files hold few digits
 
 // One way to keep a head's entries.
 struct Option {
@@ -25,8 +27,8 @@ class Curve {
   Curve(const CompressionBudgets& budgets, size_t head)
       : kl_{budgets.sensitivity_half[head], budgets.sensitivity_quarter[head],
             budgets.sensitivity_eighth[head], budgets.sensitivity[head]} {
-    for (size_t i = 1; i < kl_.size(); ++i) kl_[i] = std::max(kl_[i], kl_[i - 1]);  // fewer are never better
     for (double& kl : kl_) kl = std::max(kl, kNothing);
+    for (size_t i = 1; i < kl_.size(); ++i) kl_[i] = std::max(kl_[i], kl_[i - 1] * kFewer);
   }
 
   // Straight between 1 and 1/2, in logarithms below.
@@ -90,6 +92,29 @@ int64_t Spend(const std::vector<std::vector<Option>>& options, int64_t parts, st
   }
 }
 
+// As many entries in whole blocks as `mean_ratio` allows; nothing, where that is not a block for each head.
+std::optional<std::vector<double>> SpendBlocks(const CompressionBudgets& budgets, double mean_ratio,
+                                               int segment_tokens, int block_entries) {
+  const auto heads = static_cast<int64_t>(budgets.ratio.size());
+  const auto all = static_cast<double>(heads) * segment_tokens / block_entries;
+  const int64_t left = static_cast<int64_t>(mean_ratio * all + 1e-6) - heads;
+  if (left < 0) return std::nullopt;
+  std::vector<std::vector<Option>> options(budgets.ratio.size());
+  std::vector<Option> chosen;
+  for (size_t head = 0; head < options.size(); ++head) {
+    const Curve curve(budgets, head);
+    for (int blocks = 1, entries = 0; entries < segment_tokens; ++blocks) {
+      entries = std::min(blocks * block_entries, segment_tokens);
+      options[head].push_back({entries, 16, blocks, curve(static_cast<double>(entries) / segment_tokens)});
+    }
+    chosen.push_back(options[head].front());
+  }
+  Spend(options, left, &chosen);
+  std::vector<double> ratio;
+  for (const Option& option : chosen) ratio.push_back(static_cast<double>(option.entries) / segment_tokens);
+  return ratio;
+}
+
 }  // namespace
 
 double ExactShareOfBf16(const CompressionShape& shape) {
@@ -149,6 +174,23 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
     spent.bits.push_back(option.bits);
   }
   return spent;
+}
+
+absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,
+                                                  int segment_tokens, int block_entries,
+                                                  const std::string& source) {
+  if (std::abs(budgets.MeanRatio() - mean_ratio) <= kSameMean * mean_ratio) return budgets.ratio;
+  if (budgets.sensitivity.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        source, ": sensitivity: missing, so its ratios (mean ", budgets.MeanRatio(),
+        ") cannot be shared anew for a mean of ", mean_ratio, "; run atp calibrate --ratio ", mean_ratio));
+  }
+  if (budgets.has_curves()) {
+    std::optional<std::vector<double>> spent =
+        SpendBlocks(budgets, mean_ratio, segment_tokens, block_entries);
+    if (spent) return *std::move(spent);
+  }
+  return RoundToBlocks(ShareBudget(budgets.sensitivity, mean_ratio), segment_tokens, block_entries);
 }
 
 }  // namespace atp

@@ -1,6 +1,6 @@
-// Spending bytes on kv heads: how many principal entries each keeps, and in how many bits, so that a closed
-// segment takes at most a given share of what bf16 takes for its tokens. Counted is what the engine stores:
-// scales, log masses, the padding of pages, and whole blocks.
+// Spending on kv heads. Bytes: how many principal entries each keeps, and in how many bits, so that a closed
+// segment takes at most a given share of what bf16 takes for its tokens; counted is what the engine stores:
+// scales, log masses, the padding of pages, and whole blocks. Or entries alone, of one number of bits.
 #ifndef ATP_ENGINE_BYTE_BUDGET_H_
 #define ATP_ENGINE_BYTE_BUDGET_H_
 
@@ -32,6 +32,14 @@ struct HeadBudgets {
 absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double share,
                                        const CompressionSettings& settings, const CompressionShape& shape,
                                        const std::string& source);
+
+// Entries per token of each head, with a mean of `mean_ratio`. The budgets' own where their mean is that.
+// Where they have curves, whole blocks of entries spent as above, one for each head at least; else, and where
+// that is too little for whole blocks, by ShareBudget(). InvalidArgument naming `source` where there is no
+// sensitivity.
+absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,
+                                                  int segment_tokens, int block_entries,
+                                                  const std::string& source);
 
 }  // namespace atp
 

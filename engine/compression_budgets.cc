@@ -15,8 +15,7 @@ namespace {
 
 constexpr double kPower = 1.5;  // p
 constexpr double kLeastRatio = 1.0 / 32;
-constexpr double kIdle = 1e-7;      // added to sensitivities, so that heads measured as 0 share alike
-constexpr double kSameMean = 1e-3;  // means this near, relatively, are the same: files hold few digits
+constexpr double kIdle = 1e-7;  // added to sensitivities, so that heads measured as 0 share alike
 constexpr size_t kMaxFileBytes = 16 << 20;
 
 double Mean(std::span<const double> values) {
@@ -156,18 +155,6 @@ std::vector<double> RoundToBlocks(std::span<const double> ratio, int segment_tok
   std::vector<double> rounded;
   for (const int b : blocks) rounded.push_back(b / blocks_per_ratio);
   return rounded;
-}
-
-absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,
-                                                  int segment_tokens, int block_entries,
-                                                  const std::string& source) {
-  if (std::abs(budgets.MeanRatio() - mean_ratio) <= kSameMean * mean_ratio) return budgets.ratio;
-  if (budgets.sensitivity.empty()) {
-    return Wrong(source, absl::StrCat("sensitivity: missing, so its ratios (mean ", budgets.MeanRatio(),
-                                      ") cannot be shared anew for a mean of ", mean_ratio,
-                                      "; run atp calibrate --ratio ", mean_ratio));
-  }
-  return RoundToBlocks(ShareBudget(budgets.sensitivity, mean_ratio), segment_tokens, block_entries);
 }
 
 absl::StatusOr<CompressionBudgets> ParseCompressionBudgets(std::string_view json, const std::string& source,

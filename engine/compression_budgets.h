@@ -31,7 +31,7 @@ struct CompressionBudgets {
   std::vector<double> sensitivity_half, sensitivity_quarter, sensitivity_eighth, sensitivity_4_bits;
 
   double MeanRatio() const;
-  // Whether SpendBytes() can share any number of bytes.
+  // Whether SpendBytes() can share any number of bytes, and RatiosForMean() any mean by what was measured.
   bool has_curves() const { return !sensitivity_4_bits.empty() && !sensitivity.empty(); }
 };
 
@@ -43,12 +43,6 @@ std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean
 // block is padded and the mean stays within a block of what it was. Unchanged where that many blocks cannot
 // be had.
 std::vector<double> RoundToBlocks(std::span<const double> ratio, int segment_tokens, int block_entries);
-
-// The budgets' ratios where their mean is `mean_ratio`; else shared anew, from the sensitivities.
-// InvalidArgument naming `source` where there are none.
-absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,
-                                                  int segment_tokens, int block_entries,
-                                                  const std::string& source);
 
 // Errors name the file, the key, and what was expected and found: another key, shape or range is not
 // accepted.

@@ -101,6 +101,48 @@ TEST(SpendBytes, NeverMoreThanWasGivenAndNotMuchLess) {
   }
 }
 
+TEST(RatiosForMean, TheFilesOwnOrSharedAnew) {
+  CompressionBudgets budgets;
+  budgets.layers = 1;
+  budgets.kv_heads = 2;
+  budgets.ratio = {0.375, 0.125};
+  EXPECT_EQ(*RatiosForMean(budgets, 0.25, 256, 16, "f"), budgets.ratio);
+  const auto none = RatiosForMean(budgets, 0.5, 256, 16, "f");
+  ASSERT_FALSE(none.ok());
+  EXPECT_THAT(std::string(none.status().message()), HasSubstr("f: sensitivity: missing"));
+  EXPECT_THAT(std::string(none.status().message()), HasSubstr("atp calibrate --ratio 0.5"));
+  budgets.sensitivity = {0.1, 0.001};
+  const auto shared = RatiosForMean(budgets, 0.5, 256, 16, "f");
+  ASSERT_TRUE(shared.ok());
+  EXPECT_DOUBLE_EQ((*shared)[0] + (*shared)[1], 1.0);
+  EXPECT_GT((*shared)[0], (*shared)[1]);
+}
+
+// Two heads need all of their entries, four next to none: the two get them before anybody gets a second
+// block.
+TEST(RatiosForMean, CurvesSayWhoNeedsThemAll) {
+  const CompressionBudgets budgets = Measured();
+  const std::vector<double> half = *RatiosForMean(budgets, 0.5, 128, 16, "f");
+  EXPECT_EQ(half[2], 1);
+  EXPECT_EQ(half[3], 1);
+  for (const int segment : {128, 256, 512}) {
+    for (const double mean : {0.13, 0.25, 0.4, 0.5, 0.75}) {
+      const std::vector<double> ratio = *RatiosForMean(budgets, mean, segment, 16, "f");
+      double entries = 0;
+      for (const double r : ratio) {
+        EXPECT_GE(r * segment, 16);
+        EXPECT_EQ(std::fmod(r * segment, 16), 0);
+        entries += r * segment;
+      }
+      EXPECT_LE(entries, mean * 6 * segment);
+      EXPECT_GT(entries, mean * 6 * segment - 16) << mean;
+    }
+  }
+  // Too little for a block each: as without curves.
+  EXPECT_EQ(*RatiosForMean(budgets, 0.1, 128, 16, "f"),
+            RoundToBlocks(ShareBudget(budgets.sensitivity, 0.1), 128, 16));
+}
+
 TEST(SpendBytes, Refusals) {
   const auto few = SpendBytes(Measured(), 0.02, Settings(128), Shape(), "f");
   EXPECT_EQ(few.status().code(), absl::StatusCode::kInvalidArgument);

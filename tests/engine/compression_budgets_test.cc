@@ -66,23 +66,6 @@ TEST(RoundToBlocks, LeavesWhatHasNoSuchBlocks) {
   EXPECT_EQ(RoundToBlocks(odd, 24, 16), odd);
 }
 
-TEST(RatiosForMean, TheFilesOwnOrSharedAnew) {
-  CompressionBudgets budgets;
-  budgets.layers = 1;
-  budgets.kv_heads = 2;
-  budgets.ratio = {0.375, 0.125};
-  EXPECT_EQ(*RatiosForMean(budgets, 0.25, 256, 16, "f"), budgets.ratio);
-  const auto none = RatiosForMean(budgets, 0.5, 256, 16, "f");
-  ASSERT_FALSE(none.ok());
-  EXPECT_THAT(std::string(none.status().message()), HasSubstr("f: sensitivity: missing"));
-  EXPECT_THAT(std::string(none.status().message()), HasSubstr("atp calibrate --ratio 0.5"));
-  budgets.sensitivity = {0.1, 0.001};
-  const auto shared = RatiosForMean(budgets, 0.5, 256, 16, "f");
-  ASSERT_TRUE(shared.ok());
-  EXPECT_DOUBLE_EQ(Sum(*shared), 1.0);
-  EXPECT_GT((*shared)[0], (*shared)[1]);
-}
-
 std::string ErrorOf(const std::string& json) {
   const auto budgets = ParseCompressionBudgets(json, "b.json", 2, 3);
   return budgets.ok() ? "" : std::string(budgets.status().message());

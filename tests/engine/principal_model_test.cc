@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/compression_budgets.h"
+#include "engine/byte_budget.h"
 #include "tests/engine/planned_runner.h"
 
 namespace atp {
