@@ -1,7 +1,8 @@
 // What the CUDA kernels reach at the shapes of an 8B model (32 query heads, 8 kv heads, head_dim 128): decode
-// attention, prefill attention and the principal fit, beside the device's copy bandwidth. JSON. Each op is
-// captured as a CUDA graph and replayed: the times are the device's, tables included; issue_us is the host's.
-//   cuda_bench [decode] [prefill] [fit]
+// attention, prefill attention, the principal fit and matrix products, beside the device's copy bandwidth.
+// JSON. Each op is captured as a CUDA graph and replayed: the times are the device's, tables included;
+// issue_us is the host's.
+//   cuda_bench [decode] [prefill] [fit] [matmul]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -16,6 +17,7 @@
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/weight_planes.h"
 
 namespace atp::cuda {
 namespace {
@@ -285,6 +287,40 @@ void Fit(Device& device) {
   }
 }
 
+// One weight matrix of an 8B model's feed-forward layer; several, so that none is still in the cache.
+void MatMul(Device& device, double copy) {
+  constexpr int64_t kIn = 4096, kOut = 14336, kWeights = 8;
+  for (const DType dtype :
+       {DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K}) {
+    const size_t bytes = IsQuantized(dtype) ? PlaneBytes(dtype, kIn * kOut).total() : kIn * kOut * 2;
+    const Memory weights(bytes * kWeights);
+    for (const int rows : {1, 8, 16, 32, 256, 2048}) {
+      const auto floats = [rows](int64_t width) { return static_cast<size_t>(rows * width) * sizeof(float); };
+      const Memory x(floats(kIn)), y(floats(kOut));
+      if (weights.data == nullptr || x.data == nullptr || y.data == nullptr) continue;
+      const Time time = device.Measure([&] {
+        cudaError_t error = cudaSuccess;
+        for (int w = 0; w < kWeights && error == cudaSuccess; ++w) {
+          const std::byte* weight = static_cast<const std::byte*>(weights.data) + w * bytes;
+          const MatMulArgs args{static_cast<const float*>(x.data),
+                                {weight, dtype, kOut, kIn, IsQuantized(dtype)},
+                                nullptr,
+                                static_cast<float*>(y.data),
+                                rows,
+                                false};
+          error = MatMuls(device.context(), {&args, 1});
+        }
+        return error;
+      });
+      const double us = time.device_us / kWeights, rate = static_cast<double>(bytes) / us * 1e-3;
+      Row("{\"op\":\"matmul\",\"weights\":\"%s\",\"rows\":%d,\"in\":%d,\"out\":%d,\"us\":%.1f,\"gb_per_s\":%."
+          "0f,\"of_copy\":%.3f,\"tflops\":%.1f}",
+          Name(dtype).data(), rows, static_cast<int>(kIn), static_cast<int>(kOut), us, rate, rate / copy,
+          2.0 * rows * kIn * kOut / us * 1e-6);
+    }
+  }
+}
+
 int Main(int argc, char** argv) {
   const auto wanted = [&](const char* what) {
     return argc == 1 ||
@@ -296,6 +332,7 @@ int Main(int argc, char** argv) {
   if (wanted("decode")) Decode(device, copy);
   if (wanted("prefill")) Prefill(device);
   if (wanted("fit")) Fit(device);
+  if (wanted("matmul")) MatMul(device, copy);
   std::printf("\n]}\n");
   return 0;
 }
