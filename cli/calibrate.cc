@@ -139,7 +139,7 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
   absl::StatusOr<TokenSequences> sequences = LoadSequences(flags.data, c.loaded, *context);
   if (!sequences.ok()) return sequences.status();
   c.sequences = *std::move(sequences);
-  if (text) RepeatSpans(*context / 2, &c.sequences);
+  if (text) RepeatSpans(*context / 2, /*every=*/2, &c.sequences);
 
   c.settings.segment_tokens = flags.segment > 0 ? flags.segment : config.atp.segment_tokens;
   c.settings.window_tokens = flags.window >= 0 ? flags.window : config.atp.window_tokens;

@@ -34,6 +34,7 @@ struct EvalFlags {
   DataFlags data;
   int from = 0;
   int recall_tokens = 2;
+  bool repeat_spans = false;
   std::vector<double> ratios;  // empty: 1, or what the budgets file has
   std::vector<double> shares;  // of bf16 bytes, spent through the budgets file, beside the ratios
   std::vector<int> segments;   // these and the next: empty: as set
@@ -176,6 +177,7 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   if (!context.ok()) return context.status();
   absl::StatusOr<TokenSequences> sequences = LoadSequences(flags.data, *loaded, *context);
   if (!sequences.ok()) return sequences.status();
+  if (flags.repeat_spans) RepeatSpans(*context / 2, /*every=*/1, &*sequences);
   absl::StatusOr<std::vector<EvalRow>> rows = MakeRows(flags, config, *loaded, *context);
   if (!rows.ok()) return rows.status();
 
@@ -310,6 +312,9 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
           "the same (default: 2)")
       ->option_text("TOKENS")
       ->check(CLI::Range(1, 64));
+  eval->add_flag("--repeat-spans", flags->repeat_spans,
+                 "spans of the first half of each sequence come again in place of its second half, so that "
+                 "predicting it is recall");
 }
 
 }  // namespace

@@ -116,8 +116,8 @@ absl::StatusOr<TokenSequences> LoadSequences(const DataFlags& flags, const Loade
   return sequences;
 }
 
-void RepeatSpans(int fresh, TokenSequences* sequences) {
-  for (size_t s = 1; s < sequences->size(); s += 2) {
+void RepeatSpans(int fresh, size_t every, TokenSequences* sequences) {
+  for (size_t s = every - 1; s < sequences->size(); s += every) {
     std::vector<TokenId>& ids = (*sequences)[s];
     const size_t length = ids.size();
     if (fresh < 2 * kShortestSpan || length <= static_cast<size_t>(fresh)) continue;

@@ -37,10 +37,10 @@ absl::StatusOr<int> ContextTokens(const DataFlags& flags, const LoadedModel& loa
 // Errors name the file.
 absl::StatusOr<TokenSequences> LoadSequences(const DataFlags& flags, const LoadedModel& loaded, int context);
 
-// For calibration: every second sequence keeps its first `fresh` tokens, and repeats spans of them (8 to 64
-// tokens, from anywhere, at all distances) in place of the rest, so that predicting it needs recall.
-// Deterministic. A sequence of no more than `fresh` tokens stays as it is.
-void RepeatSpans(int fresh, TokenSequences* sequences);
+// Every `every`th sequence keeps its first `fresh` tokens, and repeats spans of them (8 to 64 tokens, from
+// anywhere, at all distances) in place of the rest, so that predicting it needs recall. Deterministic. A
+// sequence of no more than `fresh` tokens stays as it is.
+void RepeatSpans(int fresh, size_t every, TokenSequences* sequences);
 
 }  // namespace atp
 

@@ -17,7 +17,7 @@ TokenSequences Counted(size_t sequences, int tokens) {
 TEST(RepeatSpans, EverySecondSequenceNeedsRecall) {
   const TokenSequences before = Counted(4, 512);
   TokenSequences after = before;
-  RepeatSpans(256, &after);
+  RepeatSpans(256, 2, &after);
   EXPECT_EQ(after[0], before[0]);
   EXPECT_EQ(after[2], before[2]);
   for (const size_t s : {1u, 3u}) {
@@ -38,20 +38,21 @@ TEST(RepeatSpans, EverySecondSequenceNeedsRecall) {
   }
   EXPECT_NE(after[1], after[3]);
   TokenSequences again = before;
-  RepeatSpans(256, &again);
+  RepeatSpans(256, 2, &again);
   EXPECT_EQ(again, after);
 }
 
 TEST(RepeatSpans, LeavesShortSequences) {
   TokenSequences sequences = Counted(2, 100);
-  RepeatSpans(100, &sequences);
+  RepeatSpans(100, 2, &sequences);
   EXPECT_EQ(sequences, Counted(2, 100));
-  RepeatSpans(8, &sequences);  // no room for spans
+  RepeatSpans(8, 2, &sequences);  // no room for spans
   EXPECT_EQ(sequences, Counted(2, 100));
   TokenSequences ragged = Counted(2, 300);
   ragged[1].resize(20);
-  RepeatSpans(150, &ragged);
+  RepeatSpans(150, 1, &ragged);
   EXPECT_EQ(ragged[1].size(), 20u);
+  EXPECT_LT(*std::max_element(ragged[0].begin() + 150, ragged[0].end()), 150);
 }
 
 }  // namespace
