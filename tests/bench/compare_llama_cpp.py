@@ -17,7 +17,7 @@ pair of numbers and their ratio (above 1: atp is better):
                   (row "ratio 0.25") with a quarter of the cache entries on atp's side; seconds to the first token
 
 A row ends after --rounds rounds, or after the first one that ends past --row-seconds; "rounds" of a row says how many
-there were. The file is written anew after every row. About twelve minutes on two cores, at TinyLlama's shape:
+there were. A side that crashes ends its row, which then says "failed". The file is written anew after every row. About twelve minutes on two cores, at TinyLlama's shape:
 
     compare_llama_cpp.py … --row-seconds 30 --serve-pairs q8/Q8_0 --waves 1 --atp-flags --set model.activation_dtype=bf16
 
@@ -49,10 +49,14 @@ TESTS = ["decode", "prefill", "start", "serve", "long"]
 POSITIONS = 512  # of a served request: 256 in, 128 out, and room
 
 
+class Failed(Exception):
+    """A process of either side did not do what it was asked for."""
+
+
 def output_of(command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        raise Failed(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -131,7 +135,7 @@ class Server:
     def wait(self):
         while True:
             if self.process.poll() is not None:
-                sys.exit(f"a server ended with exit code {self.process.returncode}")
+                raise Failed(f"a server ended with exit code {self.process.returncode}")
             try:
                 connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
                 connection.request("GET", "/health")
@@ -152,7 +156,7 @@ class Server:
         connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if response.status != 200:
-            sys.exit(f"status {response.status}: {response.read(500)}")
+            raise Failed(f"status {response.status}: {response.read(500)}")
         first, counted = None, 0
         for line in response:
             if not line.startswith(b"data: {"):
@@ -218,13 +222,15 @@ def compared(args, labels, measure, better):
             break
         order = list(samples) if round_number % 2 == 0 else list(samples)[::-1]  # nobody is always first
         for side in order:
-            samples[side].append(measure(side))
+            try:
+                samples[side].append(measure(side))
+            except (Failed, OSError, http.client.HTTPException) as error:
+                return {**labels, "failed": side, "error": str(error)}
     row = dict(labels)
     for side, values in samples.items():
         row[side] = {key: statistics.median(value[key] for value in values) for key in values[0]}
     row["ratio"] = {key: (row["atp"][key] / row["llama_cpp"][key]) ** better[key] for key in row["atp"]}
     row["rounds"] = len(samples["atp"])
-    print(json.dumps(row), file=sys.stderr, flush=True)
     return row
 
 
@@ -282,13 +288,17 @@ def main():
     parser.add_argument("--atp-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to atp")
     parser.add_argument("--json", type=pathlib.Path, required=True)
     args = parser.parse_args()
-    make_missing(args)
+    try:
+        make_missing(args)
+    except Failed as error:
+        sys.exit(str(error))
     cpu = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
     flags = [pathlib.Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
     report = {"command": " ".join(["compare_llama_cpp.py", *flags]), "date": time.strftime("%Y-%m-%d"), "cpu": cpu,
               "threads": args.threads, "atp": output_of([args.atp, "--version"]).strip(),
               "llama_cpp": version_of(args.llama_bin / "llama-server"), "rows": []}
     for row in rows_of(args):
+        print(json.dumps(row), file=sys.stderr, flush=True)
         report["rows"].append(row)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
