@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 
-HELD_OUT = 32  # sequences
+HELD_OUT, LONG = 32, 6  # sequences of 512 and of 2,048
 STEPS = ("budgets", "golden", "tables", "plot")
 PLACES, CHARACTERS, CALIBRATION_SEQUENCES = 64, 2600, 8
 SCHEDULE = ["--from", "256", "--segment", "128", "--window", "128"]
@@ -42,9 +42,9 @@ class Regeneration:
             sys.exit(f"failed: {' '.join(line)}")
         return done.stdout
 
-    def eval(self, *args, ids=True):
-        data = ["--ids", self.ids] if ids else ["--text", self.args.valid, "--limit", HELD_OUT]
-        return json.loads(self.atp("eval", *data, *SCHEDULE, *args, "--json"))["rows"]
+    def eval(self, *args, ids=True, limit=HELD_OUT, schedule=tuple(SCHEDULE)):
+        data = ["--ids", self.ids] if ids else ["--text", self.args.valid, "--limit", limit]
+        return json.loads(self.atp("eval", *data, *schedule, *args, "--json"))["rows"]
 
     # --- the steps ---
 
@@ -66,13 +66,47 @@ class Regeneration:
                                check=True, stdout=subprocess.PIPE, text=True).stdout
         (golden / "default" / "cross_entropy.txt").write_text(exact)
 
+    def recall_table(self):
+        recall = lambda *flags: self.eval("--repeat-spans", "--recall-tokens", 4, *flags, ids=False)
+        spent = recall("--ratio", 1, "--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625")
+        alike = recall("--ratio", "0.25,0.125,0.0625", "--baseline", "none,attention,recent")
+        table = [["", "exact", "1/4", "1/8", "1/16"], row("bytes, by budgets", spent, "recall")]
+        for method, name in (("atp", "principal keys"), ("attention", "most attended"), ("recent", "newest and sinks")):
+            table.append(row(f"entries, all heads alike: {name}", [spent[0]] + of(alike, method), "recall"))
+        return table
+
+    def bits_table(self):
+        bits = self.eval("--ratio", "1,0.5,0.25,0.125", "--bits", "16,8,4")
+        table = [["entries", "16 bits", "8 bits", "4 bits"]]
+        for ratio, name in ((1, "1"), (0.5, "1/2"), (0.25, "1/4"), (0.125, "1/8")):
+            table.append([name] + [f"{cell(r, 'kl')} ({r['kv_bytes_ratio']:.2g})" for r in bits if r["ratio"] == ratio])
+        return table
+
+    def windows_table(self):
+        rows = self.eval("--segment", "64,128", "--window", "0,64,128", "--ratio", "0.25", schedule=("--from", 256))
+        return [["segment", "window 0", "64", "128"]] + [
+            row(str(segment), [r for r in rows if r["segment"] == segment], "kl") for segment in (64, 128)]
+
+    def long_table(self):
+        table = [["segment = window", "entries 1/2", "1/4", "1/8", "bytes 1/4", "1/8", "1/16"]]
+        for segment in (256, 512):
+            measure = lambda *flags: self.eval(
+                *flags, "--budgets", self.budgets, ids=False, limit=LONG,
+                schedule=("--context", 2048, "--segment", segment, "--window", segment, "--from", 2 * segment))
+            entries = measure("--ratio", "0.5,0.25,0.125", "--baseline", "none,recent,attention,unfitted")
+            spent = measure("--bytes", "0.25,0.125,0.0625")
+            others = [min((r for r in entries if r["method"] != "atp" and r["ratio"] == ours["ratio"]), key=lambda r: r["kl"])
+                      for ours in of(entries, "atp")]
+            table.append(row(str(segment), of(entries, "atp") + of(spent, "atp"), "kl"))
+            table.append(row(f"{segment}, the best other choice", others, "kl") + ["", "", ""])
+        return table
+
     def make_tables(self):
         tables = {}
         uniform = self.eval("--ratio", "0.5,0.25,0.125", "--baseline", "none,recent,attention,unfitted")
         shared = self.eval("--ratio", "0.5,0.25,0.125", "--budgets", self.budgets, "--baseline", "none,recent,attention,unfitted")
         spent = self.eval("--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625")
         exact = cell(self.eval("--ratio", "1")[0], "cross_entropy")
-        of = lambda rows, method: [r for r in rows if r["method"] == method]
         spent = of(spent, "atp")
         ratios = ["1/2", "1/4", "1/8"]
         tables["entries"] = [["entries kept, mean of all heads"] + ratios[:2],
@@ -100,6 +134,8 @@ class Regeneration:
                            [f"{given}, {r['bf16_bytes_ratio']:.3f}" for given, r in zip(("1/4", "1/8", "1/16"), spent)],
                            row("`eval_ids.npy`", spent, "kl"), row(f"{HELD_OUT} held-out sequences", held_out["spent"], "kl"),
                            ["mean entries, mean bits"] + [f"{r['ratio']:.2f}, {r['bits']:.1f}" for r in spent]]
+        tables |= {"recall": self.recall_table(), "bits": self.bits_table(), "windows": self.windows_table(),
+                   "long": self.long_table()}
         for file in (self.args.root / "README.md", self.args.root / "docs" / "principal_keys.md"):
             file.write_text(with_tables(file.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
@@ -116,12 +152,18 @@ class Regeneration:
             subprocess.run([sys.executable, docs / "plot_quality.py", docs / "quality.svg", *files], check=True)
 
 
+def of(rows, method):
+    return [r for r in rows if r["method"] == method]
+
+
 def cell(result, key):
     value = result[key]
+    if key == "kl" and value == 0:
+        return "0"
     if key == "kl":
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    return f"{value:.3f}" if key == "agreement" else f"{value:.4f}"
+    return f"{value:.3f}" if key in ("agreement", "recall") else f"{value:.4f}"
 
 
 def row(name, results, key):

@@ -5,7 +5,7 @@
 
 For each model: cross-entropy per token and bits per byte of the text (windows of the model's own context, each token
 predicted once), exact recall of a 16-token span by distance (the eight tokens before it are seen again; the share of
-the 16 that the model then says itself, and the share of spans that are right as a whole), and a sample.
+the 16 that the model then says itself up to the first wrong one, and the share of spans that are right as a whole), and a sample.
 Needs: torch, numpy, safetensors, sentencepiece; matplotlib for the picture.
 """
 import argparse
@@ -58,14 +58,10 @@ def recall(model, ids, distance, trials, device):
         row = [BOS] + ids[start:start + distance - 1]
         at = 1  # the span begins the window: its distance is exactly `distance`
         span = row[at:at + CUE + SPAN]
-        row = row[:at + distance] + span[:CUE]
-        said = []
-        for _ in range(SPAN):
-            logits = model(torch.tensor([row + said], device=device))
-            said.append(int(logits[0, -1].argmax()))
-            if said[-1] != span[CUE + len(said) - 1]:
-                break  # one wrong token, and what follows is another text
-        correct = sum(a == b for a, b in zip(said, span[CUE:]))
+        row = row[:at + distance] + span
+        # What it says while it is right is what it would say alone; after one wrong token follows another text.
+        said = model(torch.tensor([row[:-1]], device=device))[0, -SPAN:].argmax(-1).tolist()
+        correct = next((i for i in range(SPAN) if said[i] != span[CUE + i]), SPAN)
         right += correct
         whole += correct == SPAN
     return {"distance": distance, "tokens": right / (trials * SPAN), "spans": whole / trials}
@@ -87,11 +83,13 @@ def draw(log, picture):
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    for name, style in (("train", ":"), ("valid", "-")):
+    recall = axes.twinx()
+    for name, style, on in (("train", "C0:", axes), ("valid", "C0-", axes), ("recall", "C1-", recall)):
         points = [(r["tokens"] / 1e6, r[name]) for r in rows if r[name] is not None and r["step"] > 0]
-        axes.plot(*zip(*points), style, label=name)
+        on.plot(*zip(*points), style, label=name)
     axes.set(xlabel="million tokens", ylabel="cross-entropy per token")
-    axes.legend()
+    recall.set(ylabel="share of repeated tokens recalled", ylim=(0, 1))
+    figure.legend(loc="center", bbox_to_anchor=(0.7, 0.5))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture)

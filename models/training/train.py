@@ -9,11 +9,12 @@ same arguments goes on from it. OUT/log.jsonl has a line for each measurement; O
 What it learns from (each sequence of `context` tokens is drawn by the step's own seed, so a resumed run sees what an
 unbroken one would):
   text      a window of the books
-  span      a window in which a span of 16..96 tokens comes again, at any distance up to the context
+  span      a window in which spans of 16..96 tokens come again, at any distance up to the context
+  echo      a window, or random tokens, and then nothing but spans of what stands before: most of the row is recall
   list      key = value lines of random tokens, then a window, then some of the keys asked; only answers are scored
   dialogue  conversations in the chat form, in the last part of training
 
-Optimiser: Muon for the matrices, AdamW for the rest; warm-up, constant, then linear to zero over the last third.
+Optimiser: Muon for the matrices, AdamW for the rest; warm-up, constant, then linear to zero over the last DECAY of the run.
 Needs: torch >= 2.9, numpy, safetensors, sentencepiece.
 """
 import argparse
@@ -33,10 +34,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 BOS = 1
-DECAY = 0.36      # last share of the run in which the learning rate falls
+# Share of the run until: shares of rows that are echoes, and that have spans.
+MIX = ((0.06, 0.5, 0.1), (0.5, 0.2, 0.1), (1, 0.3, 0.6))
+DECAY = 0.6       # last share of the run in which the learning rate falls
 DIALOGUE = 0.20   # last share of the run with conversations in it
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def stage(stages, progress):
+    """Of (until, values…) the values of the first that has not passed, or the last."""
+    return next((values for until, *values in stages if progress < until), stages[-1][1:])
 
 
 @dataclasses.dataclass
@@ -51,12 +59,15 @@ class Shape:
     dropout: float
     head_dim: int = 64
     vocabulary: int = 0
-    short: float = 0.0  # first share of the run, in rows a quarter as long and four times as many: attention is dear
+    # Rows may be shorter, and as many more, in earlier parts of the run, as attention is dear and recall is learnt
+    # sooner where there is less to look through: (share of the run until, divisor of the context).
+    folds: tuple = ((1, 1),)
 
 
 SIZES = {
     "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
-    "cpu": Shape(384, 6, 4, 2, 1024, context=2048, batch=4, dropout=0.0, short=0.85),  # 11.2M
+    "cpu": Shape(384, 6, 4, 2, 1024, context=2048, batch=4, dropout=0.0,
+                 folds=((0.06, 8), (0.5, 4), (1, 1))),  # 11.2M
     "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
 }
 
@@ -133,13 +144,31 @@ class Data:
         at = int(rng.integers(0, len(self.train) - length))
         return self.train[at:at + length].astype(np.int64)
 
-    def span(self, rng, ids):
-        """Spans come again, one to four in 512 tokens: predictable only by who remembers them."""
-        for _ in range(int(rng.integers(1, 5)) * max(1, len(ids) // 512)):
-            length = int(rng.integers(16, 97))
-            distance = int(rng.integers(length, len(ids) - 1 - length))
-            to = int(rng.integers(distance + 1, len(ids) - length + 1))
-            ids[to:to + length] = ids[to - distance:to - distance + length]
+    def span(self, rng, ids, scored):
+        """Spans come again, two to eight in 512 tokens: predictable only by who remembers them. From front to back, so
+        that no source is overwritten by a later span. Where a span begins or ends nothing can be known, and of the
+        other tokens a third is scored, so that half of what is learnt is recall."""
+        count = int(rng.integers(2, 9)) * max(1, len(ids) // 512)
+        scored[:] = rng.random(len(ids)) < 1 / 3
+        for at in np.sort(rng.integers(64, len(ids) - 16, size=count)).tolist():
+            length = min(int(rng.integers(16, 97)), len(ids) - at, at - 1)
+            start = int(rng.integers(1, at - length + 1, size=2).min())  # far ones are rare anyway
+            ids[at:at + length] = ids[start:start + length]
+            scored[at:at + length] = True
+            scored[[at, min(at + length, len(ids) - 1)]] = False
+
+    def echo(self, rng, ids, scored):
+        """Spans of what stands before, after a head of text or of random pieces; what cannot be known is not scored."""
+        at = int(rng.integers(len(ids) // 8, len(ids) // 2))
+        if rng.random() < 0.33:
+            ids[1:at] = rng.integers(300, self.vocabulary, size=at - 1)
+            scored[1:at] = False
+        while at < len(ids):
+            length = min(int(rng.integers(12, 65)), len(ids) - at, at - 1)
+            start = int(rng.integers(1, at - length + 1))
+            ids[at:at + length] = ids[start:start + length]
+            scored[at] = False
+            at += length
 
     def key_values(self, rng, ids, scored):
         """Lines `key = value` of random pieces at the start, questions at the end, text between."""
@@ -159,21 +188,24 @@ class Data:
         at = min(at, len(self.dialogue) - len(ids))
         ids[:] = self.dialogue[at:at + len(ids)]
 
-    def draw(self, step, count, length, dialogue):
+    def draw(self, step, count, length, progress):
         """`count` rows of `length` tokens and what follows each token (-100: not scored)."""
         rng = np.random.default_rng((20261120, step))
         rows = np.empty((count, length + 1), dtype=np.int64)
         scored = np.ones_like(rows, dtype=bool)
+        echoes, spans = stage(MIX, progress)
         for ids, score in zip(rows, scored):
             ids[:] = self.window(rng, len(ids))
             ids[0] = BOS
             kind = rng.random()
-            if dialogue and kind < 0.15:
+            if progress > 1 - DIALOGUE and kind < 0.15:
                 self.conversation(rng, ids)
             elif kind > 0.90:
                 self.key_values(rng, ids, score)
-            elif kind > 0.50:
-                self.span(rng, ids)
+            elif kind > 0.90 - spans:
+                self.span(rng, ids, score)
+            elif kind > 0.90 - spans - echoes:
+                self.echo(rng, ids, score)
         targets = np.where(scored, rows, -100)[:, 1:]
         return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets.copy())
 
@@ -182,6 +214,18 @@ class Data:
         rows = np.stack([self.valid[a:a + length + 1].astype(np.int64) for a in at])
         rows[:, 0] = BOS
         return torch.from_numpy(rows)
+
+    def validation_echo(self, count, length):
+        """Rows of held-out text whose second half says spans of the first again, and which tokens those are."""
+        rng = np.random.default_rng(1)
+        rows = self.validation(count, length).numpy()
+        scored = np.zeros_like(rows, dtype=bool)
+        for ids, score in zip(rows, scored):
+            for at in range(length // 2, length - 23, 24):
+                start = int(rng.integers(1, length // 2 - 24))
+                ids[at:at + 24] = ids[start:start + 24]
+                score[at + 8:at + 24] = True
+        return torch.from_numpy(rows), torch.from_numpy(np.where(scored, rows, -100))
 
 
 def optimizers(model):
@@ -196,16 +240,19 @@ def rate(progress, step):
 
 
 @torch.no_grad()
-def validate(model, rows, device, autocast):
+def validate(model, rows, targets, device, autocast):
+    """Cross-entropy per token that is scored, and the share of them that are the likeliest."""
     model.eval()
-    total = 0.0
-    for row in rows.split(4):
-        row = row.to(device)
+    total, right = 0.0, 0
+    for ids, wanted in zip(rows.split(4), targets.split(4)):
+        wanted = wanted[:, 1:].to(device)
         with autocast:
-            logits = model(row[:, :-1])
-        total += F.cross_entropy(logits.float().flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
+            logits = model(ids[:, :-1].to(device)).float()
+        total += F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum").item()
+        right += (logits.argmax(-1) == wanted).sum().item()
     model.train()
-    return total / rows[:, 1:].numel()
+    count = (targets[:, 1:] != -100).sum().item()
+    return total / count, right / count
 
 
 def save_checkpoint(path, model, optimizers_, state):
@@ -251,6 +298,7 @@ def main():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--init", type=pathlib.Path, help="a model of the same size to start from, instead of noise")
+    parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule to begin, with --init; 0 to 1")
     parser.add_argument("--minutes", type=float, help="length of the whole run, all stretches together")
     parser.add_argument("--steps", type=int, help="the same, counted in steps (repeatable to the bit on one device)")
     parser.add_argument("--stretch-minutes", type=float, default=1e9, help="stop this stretch after so long")
@@ -274,7 +322,7 @@ def main():
     optimizers_ = optimizers(model)
     # The loss is compiled with the model: the logits of a step are far larger than its weights.
     loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids).float().flatten(0, 1), targets.flatten(),
-                                                                 ignore_index=-100))
+                                                                 ignore_index=-100), dynamic=False)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, state = args.out / "checkpoint.pt", {"step": 0, "seconds": 0.0}
     if checkpoint.exists():
@@ -291,18 +339,21 @@ def main():
     while True:
         state["seconds"] = before + time.time() - begin
         progress = state["step"] / args.steps if args.steps else state["seconds"] / (60 * args.minutes)
+        progress = args.begin + (1 - args.begin) * progress
         over = progress >= 1 or time.time() - begin > 60 * args.stretch_minutes
         if over or time.time() - saved > 120:
             save_checkpoint(checkpoint, model, optimizers_, state)
             saved = time.time()
-        fold = 4 if progress < shape.short else 1
+        fold, = stage(shape.folds, progress)
         rows, length = shape.batch * fold, shape.context // fold
         if over or state["step"] % 250 == 0:
-            valid = data.validation(16 * fold, length)
+            valid = data.validation(8 * fold, length)
+            echo, echoed = data.validation_echo(4 * fold, length)
             line = {"step": state["step"], "seconds": round(state["seconds"]), "progress": round(progress, 4),
                     "tokens": state["step"] * shape.batch * shape.context,
                     "train": float(np.mean(losses)) if losses else None,
-                    "valid": validate(model, valid, device, autocast)}
+                    "valid": validate(model, valid, valid, device, autocast)[0],
+                    "recall": validate(model, echo, echoed, device, autocast)[1]}
             losses = []
             print(json.dumps(line), flush=True)
             with open(args.out / "log.jsonl", "a") as log:
@@ -312,7 +363,7 @@ def main():
         for optimizer, rates in zip(optimizers_, base):
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * rate(progress, state["step"])
-        ids, targets = data.draw(state["step"], rows, length, dialogue=progress > 1 - DIALOGUE)
+        ids, targets = data.draw(state["step"], rows, length, progress)
         with autocast:
             loss = loss_of(ids.to(device), targets.to(device))
         loss.backward()

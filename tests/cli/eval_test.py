@@ -98,6 +98,16 @@ class Eval(unittest.TestCase):
             done = atp("eval", "--model", MODEL, "--ids", path, "--recall-tokens", 3)
             self.assertIn("32..63", done.stdout)
 
+    def test_recall_survives_compression(self):
+        spans = ("--repeat-spans", "--recall-tokens", 4)
+        exact, *spent = table(*spans, *SCHEDULE, "--budgets", BUDGETS, "--ratio", 1, "--bytes", "0.25,0.125")
+        self.assertGreater(exact["recall"], 0.9)
+        self.assertGreater(exact["recall_tokens"], 700)
+        for row, lost in zip(spent, (0.01, 0.03)):
+            self.assertGreater(row["recall"], exact["recall"] * (1 - lost))
+        uniform, = table(*spans, *SCHEDULE, "--ratio", 0.25)
+        self.assertLess(uniform["recall"], exact["recall"] * 0.97)
+
     def test_compressed_history_answers_alike(self):
         rows = table("--ratio", "1,0.5,0.25", *SCHEDULE, "--budgets", BUDGETS)
         for row, most in zip(rows, (0, 2e-4, 1e-3)):
