@@ -67,12 +67,16 @@ class Regeneration:
         (golden / "default" / "cross_entropy.txt").write_text(exact)
 
     def recall_table(self):
-        recall = lambda *flags: self.eval("--repeat-spans", "--recall-tokens", 4, *flags, ids=False)
-        spent = recall("--ratio", 1, "--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625")
+        recall = lambda *flags, **how: self.eval("--repeat-spans", "--recall-tokens", 4, *flags, ids=False, **how)
+        spending = ("--ratio", 1, "--budgets", self.budgets, "--bytes", "0.25,0.125,0.0625")
+        spent = recall(*spending)
+        long = recall(*spending, limit=LONG,
+                      schedule=("--context", 2048, "--segment", 256, "--window", 256, "--from", 512))
         alike = recall("--ratio", "0.25,0.125,0.0625", "--baseline", "none,attention,recent")
         table = [["", "exact", "1/4", "1/8", "1/16"], row("bytes, by budgets", spent, "recall")]
         for method, name in (("atp", "principal keys"), ("attention", "most attended"), ("recent", "newest and sinks")):
             table.append(row(f"entries, all heads alike: {name}", [spent[0]] + of(alike, method), "recall"))
+        table.append(row("2,048 positions, segment and window 256: bytes, by budgets", long, "recall"))
         return table
 
     def bits_table(self):

@@ -21,9 +21,8 @@ def evaluate(*args):
     return row
 
 
-def bootstrap(*args):
-    done = atp("eval", "--model", BOOTSTRAP, "--ids", os.path.join(BOOTSTRAP, "eval_ids.npy"), "--from", 256, "--segment", 128,
-               "--window", 128, *args, "--json")
+def bootstrap(*args, schedule=("--from", 256, "--segment", 128, "--window", 128)):
+    done = atp("eval", "--model", BOOTSTRAP, "--ids", os.path.join(BOOTSTRAP, "eval_ids.npy"), *schedule, *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["rows"]
 
@@ -50,6 +49,13 @@ class Bootstrap(unittest.TestCase):
             self.assertLessEqual(row["bf16_bytes_ratio"], share)
             self.assertGreater(row["bf16_bytes_ratio"], 0.9 * share)
             self.assertLess(row["kl"], most)
+
+    def test_every_combination_stays_close(self):
+        rows = bootstrap("--ratio", "0.5,0.25", "--segment", "32,64", "--window", "0,32", "--cap", "0,48", "--kv-dtype", "f32,bf16",
+                         "--limit", 1, "--context", 200, "--from", 100, schedule=())
+        self.assertEqual(len(rows), 32)
+        for row in rows:
+            self.assertLess(row["kl"], 0.05)
 
 
 class Shared(unittest.TestCase):
