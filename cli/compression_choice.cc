@@ -65,7 +65,7 @@ absl::Status ShareAmongHeads(const AtpConfig& config, double share, const Compre
 
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
                                                     const LlamaConfig& model, int block_tokens,
-                                                    KvFormat format) {
+                                                    KvFormat format, size_t block_bytes) {
   CompressionChoice choice;
   std::error_code ignored;
   const std::string beside = BudgetsFileOf(model_dir);
@@ -108,7 +108,8 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   absl::StatusOr<CompressionBudgets> budgets =
       LoadCompressionBudgets(choice.budgets_file, model.layers, model.kv_heads);
   if (!budgets.ok()) return budgets.status();
-  const CompressionShape shape = CompressionShapeOf(model, block_tokens, format, /*max_positions=*/0);
+  CompressionShape shape = CompressionShapeOf(model, block_tokens, format, /*max_positions=*/0);
+  shape.block_bytes = block_bytes;
   if (absl::Status s = ShareAmongHeads(config, budget.share, *budgets, shape, &choice); !s.ok()) return s;
   return choice;
 }
@@ -118,7 +119,10 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
   if (!config.atp.allow_override) return nullptr;
   const int own_bits = own.exact() ? 8 : own.bits;
   const int block_tokens = config.kv_cache.block_tokens;
-  return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format, own_bits,
+  // Those of an exact server have no room for the log masses of as many entries of 16 bits.
+  const size_t block_bytes =
+      own.exact() ? KvPage(format, block_tokens, model.head_dim, /*with_log_mass=*/false).bytes() : 0;
+  return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format, block_bytes, own_bits,
           linear_layers = own.settings.linear_layers](
              const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {
     if (wanted.preset == "exact") return CompressionSettings();
@@ -127,7 +131,7 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
     asked.ratio = wanted.ratio.value_or(0);
     asked.bits = wanted.bits.value_or(wanted.preset ? 0 : wanted.ratio == 1.0 ? 16 : own_bits);
     absl::StatusOr<CompressionChoice> choice =
-        ChooseCompression(asked, model_dir, model, block_tokens, format);
+        ChooseCompression(asked, model_dir, model, block_tokens, format, block_bytes);
     if (choice.ok()) {
       choice->settings.linear_layers = linear_layers;
       return choice->settings;

@@ -39,10 +39,11 @@ struct PresetBudget {
 };
 PresetBudget BudgetOf(const std::string& preset);
 
-// Reads the budgets file where there is one. `format`: of exact entries. Errors name the setting or the file.
+// Reads the budgets file where there is one. `format`: of exact entries. `block_bytes`: of the blocks that
+// are there, 0 where they will be made for this choice. Errors name the setting or the file.
 absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, const std::string& model_dir,
                                                     const LlamaConfig& model, int block_tokens,
-                                                    KvFormat format);
+                                                    KvFormat format, size_t block_bytes);
 
 // What requests that bring an override get on a server whose own choice is `own`: its segments, window,
 // sinks, cap and budgets. A ratio without bits has the server's, 8 where it is exact; a ratio of 1 is then

@@ -314,7 +314,7 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
       ->check(CLI::Range(1, 64));
   eval->add_flag("--repeat-spans", flags->repeat_spans,
                  "spans of the first half of each sequence come again in place of its second half, so that "
-                 "predicting it is recall");
+                 "predicting it is recall (default: they stay as they are)");
 }
 
 }  // namespace

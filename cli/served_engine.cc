@@ -106,8 +106,9 @@ void ChooseLinear(LoadedModel* loaded) {
 // Fills in what is compressed, and the most blocks that one sequence can hold.
 absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const LlamaConfig& model = loaded->model->config();
-  absl::StatusOr<CompressionChoice> choice = ChooseCompression(
-      config.atp, config.model.path, model, config.kv_cache.block_tokens, loaded->kv_format);
+  absl::StatusOr<CompressionChoice> choice =
+      ChooseCompression(config.atp, config.model.path, model, config.kv_cache.block_tokens, loaded->kv_format,
+                        /*block_bytes=*/0);
   if (!choice.ok()) return choice.status();
   loaded->compression = *std::move(choice);
   const int context = loaded->max_context_tokens;

@@ -28,7 +28,7 @@ class CompressionChoiceTest : public ::testing::Test {
   ~CompressionChoiceTest() override { std::filesystem::remove_all(directory_); }
 
   absl::StatusOr<CompressionChoice> Choose() {
-    return ChooseCompression(config_, directory_, model_, 16, KvFormat::kBF16);
+    return ChooseCompression(config_, directory_, model_, 16, KvFormat::kBF16, /*block_bytes=*/0);
   }
   std::string Error() { return std::string(Choose().status().message()); }
   void WriteBudgets(const std::string& json) { std::ofstream(BudgetsFileOf(directory_)) << json; }
@@ -186,6 +186,27 @@ TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
   EXPECT_EQ(settings_of(ratio)->bits, 16);
   config.atp.allow_override = false;
   EXPECT_EQ(OverrideSettings(config, model_, KvFormat::kBF16, own), nullptr);
+}
+
+// Its blocks have no room for the log masses of 16 bits: no head of a preset that is spent anew may ask for
+// them.
+TEST_F(CompressionChoiceTest, PresetsOnAnExactServerFitItsBlocks) {
+  WriteBudgets(R"({"ratio": [[1, 0.1], [0.1, 0.1]], "sensitivity": [[1, 1e-5], [1e-5, 1e-5]],
+                   "sensitivity_half": [[0.4, 1e-6], [1e-6, 1e-6]], "sensitivity_quarter": [[0.6, 1e-6], [1e-6, 1e-6]],
+                   "sensitivity_eighth": [[0.8, 1e-6], [1e-6, 1e-6]], "sensitivity_4_bits": [[0.5, 1e-3], [1e-3, 1e-3]]})");
+  Config config;
+  config.model.path = directory_;
+  CompressionOverride quality;
+  quality.preset = "quality";
+  for (const std::string preset : {"exact", "balanced"}) {
+    config.atp.preset = preset;
+    config_ = config.atp;
+    const auto settings_of = OverrideSettings(config, model_, KvFormat::kBF16, Choose().value());
+    const std::vector<int> bits = settings_of(quality)->head_bits;
+    ASSERT_EQ(bits.size(), 4u);
+    EXPECT_EQ(std::count(bits.begin(), bits.end(), 16) == 0, preset == "exact")
+        << bits[0] << bits[1] << bits[2] << bits[3];
+  }
 }
 
 TEST_F(CompressionChoiceTest, OverridesThatTheBudgetsCannotServeDoNotShowTheFile) {
