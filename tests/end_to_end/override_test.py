@@ -52,7 +52,8 @@ class Override(unittest.TestCase):
             server.assert_idle()
 
     def test_on_an_exact_server(self):
-        with Server(settings=SETTINGS + ["atp.preset=exact"]) as server:
+        # In shorter segments two presets come to the same here: blocks made for exact entries hold few whole pages.
+        with Server(settings=["atp.segment_tokens=128", "atp.window_tokens=32", "atp.preset=exact"]) as server:
             texts = self.compare(server)
             self.assertEqual(texts[0], texts[1], "exact is the default")
             self.assertEqual(texts[7], texts[6], "a ratio has 8 bits here")
