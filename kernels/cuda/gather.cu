@@ -30,25 +30,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-using QuantizedKernel = void (*)(WeightPlanes, const int32_t*, float*, int64_t);
-
-QuantizedKernel KernelOf(DType dtype) {
-  switch (dtype) {
-    case DType::kQ4_0:
-      return GatherQuantizedRows<DType::kQ4_0>;
-    case DType::kQ4:
-      return GatherQuantizedRows<DType::kQ4>;
-    case DType::kQ4_K:
-      return GatherQuantizedRows<DType::kQ4_K>;
-    case DType::kQ5_K:
-      return GatherQuantizedRows<DType::kQ5_K>;
-    case DType::kQ6_K:
-      return GatherQuantizedRows<DType::kQ6_K>;
-    default:
-      return GatherQuantizedRows<DType::kQ8_0>;
-  }
-}
-
 }  // namespace
 
 cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args) {
@@ -57,8 +38,10 @@ cudaError_t GatherRows(const OpContext& context, const GatherRowsArgs& args) {
   if (error != cudaSuccess) return error;
   const dim3 rows(static_cast<unsigned>(args.indices.size()));
   if (IsQuantized(args.table.dtype)) {
-    return Launch("GatherRows", KernelOf(args.table.dtype), rows, dim3(kThreads), 0, context.stream,
-                  PlanesOf(args.table), indices, args.out, args.table.cols);
+    return WithQuantizedType(args.table.dtype, [&](auto dtype) {
+      return Launch("GatherRows", GatherQuantizedRows<decltype(dtype)::value>, rows, dim3(kThreads), 0,
+                    context.stream, PlanesOf(args.table), indices, args.out, args.table.cols);
+    });
   }
   auto* kernel = GatherRowsKernel<StoredF32>;
   if (args.table.dtype == DType::kBF16) kernel = GatherRowsKernel<StoredBF16>;

@@ -396,22 +396,9 @@ cudaError_t TensorCores(const OpContext& context, std::span<const Problem> probl
 }
 
 cudaError_t TensorCores(const OpContext& context, std::span<const Problem> problems, DType weight) {
-  switch (weight) {
-    case DType::kQ8_0:
-      return TensorCores<DType::kQ8_0>(context, problems);
-    case DType::kQ4_0:
-      return TensorCores<DType::kQ4_0>(context, problems);
-    case DType::kQ4:
-      return TensorCores<DType::kQ4>(context, problems);
-    case DType::kQ4_K:
-      return TensorCores<DType::kQ4_K>(context, problems);
-    case DType::kQ5_K:
-      return TensorCores<DType::kQ5_K>(context, problems);
-    case DType::kQ6_K:
-      return TensorCores<DType::kQ6_K>(context, problems);
-    default:
-      return TensorCores<DType::kBF16>(context, problems);
-  }
+  if (weight == DType::kBF16) return TensorCores<DType::kBF16>(context, problems);
+  return WithQuantizedType(
+      weight, [&](auto dtype) { return TensorCores<decltype(dtype)::value>(context, problems); });
 }
 
 Problem ProblemOf(const MatMulArgs& args, const uint16_t* half) {

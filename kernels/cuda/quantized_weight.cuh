@@ -45,7 +45,7 @@ __device__ __forceinline__ uint32_t LevelsOf(uint32_t codes) {
 // dtype: q8_0, q4_0, q4, q4_k, q5_k or q6_k.
 template <DType kDType>
 struct QuantizedWeight {
-  static constexpr bool kNibbles = kDType == DType::kQ4_0 || kDType == DType::kQ4 || kDType == DType::kQ4_K;
+  static constexpr bool kNibbles = HasNibbles(kDType);
   static constexpr bool kSupers = IsKQuant(kDType);
   // Of eight elements.
   using Codes = std::conditional_t<kNibbles, uint32_t, uint2>;
@@ -112,6 +112,25 @@ __device__ __forceinline__ Eight LoadEight(const WeightPlanes& planes, int64_t a
   const auto codes = __ldcs(static_cast<const typename W::Codes*>(planes.codes) + element / 8);
   const uint32_t super = W::kSupers ? planes.supers[element / 256] : 0;
   return W::Decode(codes, planes.scales[element / 32], super, static_cast<int>(element % 32));
+}
+
+// launch(std::integral_constant<DType, dtype>), for kernels of a quantised dtype.
+template <class Launching>
+cudaError_t WithQuantizedType(DType dtype, const Launching& launch) {
+  switch (dtype) {
+    case DType::kQ4_0:
+      return launch(std::integral_constant<DType, DType::kQ4_0>());
+    case DType::kQ4:
+      return launch(std::integral_constant<DType, DType::kQ4>());
+    case DType::kQ4_K:
+      return launch(std::integral_constant<DType, DType::kQ4_K>());
+    case DType::kQ5_K:
+      return launch(std::integral_constant<DType, DType::kQ5_K>());
+    case DType::kQ6_K:
+      return launch(std::integral_constant<DType, DType::kQ6_K>());
+    default:
+      return launch(std::integral_constant<DType, DType::kQ8_0>());
+  }
 }
 
 }  // namespace atp::cuda

@@ -7,8 +7,6 @@
 namespace atp::cuda {
 namespace {
 
-bool HasNibbles(DType dtype) { return dtype == DType::kQ4_0 || dtype == DType::kQ4 || dtype == DType::kQ4_K; }
-
 // The 32 codes of sub-block `index` of a block, a byte each, and the two bytes of its scale.
 void ReadSubBlock(DType dtype, const uint8_t* block, int index, uint8_t* codes, uint8_t* scale) {
   if (IsKQuant(dtype)) {

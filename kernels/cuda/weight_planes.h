@@ -19,6 +19,10 @@
 
 namespace atp::cuda {
 
+constexpr bool HasNibbles(DType dtype) {
+  return dtype == DType::kQ4_0 || dtype == DType::kQ4 || dtype == DType::kQ4_K;
+}
+
 // Pointers to the planes, or bytes of each.
 struct WeightPlanes {
   const void* codes = nullptr;
