@@ -170,8 +170,10 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
 absl::Status SetBudgets(const CalibrateFlags& flags, const Calibration& c, CompressionBudgets* budgets) {
   budgets->ratio.assign(static_cast<size_t>(c.cache.heads_total()), 1.0);
   if (flags.share == 0) {
-    budgets->ratio = RoundToBlocks(ShareBudget(budgets->sensitivity, flags.ratio), c.settings.segment_tokens,
-                                   c.plans.block_tokens);
+    absl::StatusOr<std::vector<double>> shared =
+        RatiosForMean(*budgets, flags.ratio, c.settings.segment_tokens, c.plans.block_tokens, "calibrate");
+    if (!shared.ok()) return shared.status();
+    budgets->ratio = *std::move(shared);
     return absl::OkStatus();
   }
   absl::StatusOr<HeadBudgets> spent = SpendBytes(*budgets, flags.share, c.settings, c.plans, "calibrate");

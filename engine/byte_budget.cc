@@ -190,7 +190,10 @@ absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budg
         SpendBlocks(budgets, mean_ratio, segment_tokens, block_entries);
     if (spent) return *std::move(spent);
   }
-  return RoundToBlocks(ShareBudget(budgets.sensitivity, mean_ratio), segment_tokens, block_entries);
+  // Shared so that each has a block: rounded up to one later, it would be at the cost of heads that need all.
+  const double block = static_cast<double>(block_entries) / segment_tokens;
+  const double least = block <= mean_ratio ? std::max(block, kLeastRatio) : kLeastRatio;
+  return RoundToBlocks(ShareBudget(budgets.sensitivity, mean_ratio, least), segment_tokens, block_entries);
 }
 
 }  // namespace atp

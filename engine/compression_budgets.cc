@@ -14,7 +14,6 @@ namespace atp {
 namespace {
 
 constexpr double kPower = 1.5;  // p
-constexpr double kLeastRatio = 1.0 / 32;
 constexpr double kIdle = 1e-7;  // added to sensitivities, so that heads measured as 0 share alike
 constexpr size_t kMaxFileBytes = 16 << 20;
 
@@ -112,14 +111,14 @@ absl::Status CheckKeys(const nlohmann::json& file, const std::string& source) {
 
 double CompressionBudgets::MeanRatio() const { return Mean(ratio); }
 
-std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean_ratio) {
+std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean_ratio, double least) {
   std::vector<double> ratio(sensitivity.size());
   // Bisection of the factor, in its logarithm.
   double low = 1e-9, high = 1e9;
   for (int i = 0; i < 200; ++i) {
     const double factor = std::sqrt(low * high);
-    std::transform(sensitivity.begin(), sensitivity.end(), ratio.begin(), [factor](double s) {
-      return std::clamp(factor * std::pow(s + kIdle, 1 / (kPower + 1)), kLeastRatio, 1.0);
+    std::transform(sensitivity.begin(), sensitivity.end(), ratio.begin(), [factor, least](double s) {
+      return std::clamp(factor * std::pow(s + kIdle, 1 / (kPower + 1)), least, 1.0);
     });
     (Mean(ratio) > mean_ratio ? high : low) = factor;
   }

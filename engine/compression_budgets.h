@@ -35,9 +35,12 @@ struct CompressionBudgets {
   bool has_curves() const { return !sensitivity_4_bits.empty() && !sensitivity.empty(); }
 };
 
-// Ratios that minimise Σ S (1/r)^p, p = 1.5, for a given mean: r ∝ S^(1/(p+1)), clipped to [1/32, 1]. A mean
+inline constexpr double kLeastRatio = 1.0 / 32;
+
+// Ratios that minimise Σ S (1/r)^p, p = 1.5, for a given mean: r ∝ S^(1/(p+1)), clipped to [least, 1]. A mean
 // outside these bounds gives the nearer one.
-std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean_ratio);
+std::vector<double> ShareBudget(std::span<const double> sensitivity, double mean_ratio,
+                                double least = kLeastRatio);
 
 // Rounds each head's entries per segment to whole blocks, at least one, largest remainders up, so that no
 // block is padded and the mean stays within a block of what it was. Unchanged where that many blocks cannot

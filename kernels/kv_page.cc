@@ -5,7 +5,10 @@
 #include <cstring>
 
 #include "absl/base/macros.h"
+#include "absl/container/inlined_vector.h"
 #include "kernels/dtype.h"
+#include "kernels/key_rounding.h"
+#include "kernels/walsh_hadamard.h"
 
 namespace atp {
 namespace {
@@ -137,11 +140,19 @@ size_t KvPage::ValueIndex(int dimension, int entry) const {
   return row + dimension % half * 2 + (dimension >= half ? 1 : 0);
 }
 
-void KvPage::Store(std::byte* block, int entry, const float* key, const float* value, float log_mass) const {
+void KvPage::Store(std::byte* block, int entry, const float* key, const float* value, float log_mass,
+                   const KeyRounding* rounding) const {
   ABSL_ASSERT(entry >= 0 && entry < entries_);
+  absl::InlinedVector<float, 256> rotated;
+  if (RotatesKeys(format_)) {
+    rotated.assign(key, key + head_dim_);
+    WalshHadamard(rotated.data(), head_dim_);
+    key = rotated.data();
+  }
   float key_scale = 1, value_scale = 1;
   if (HasScales(format_)) {
     key_scale = ScaleFor(key, head_dim_, TopOf(format_));
+    if (rounding != nullptr) rounding->Round(rotated.data(), key_scale, TopOf(format_));
     value_scale = ScaleFor(value, head_dim_, TopOf(format_));
     StoreElement(block + key_scale_offset_, entry, KvFormat::kBF16, key_scale, 1);
     StoreElement(block + value_scale_offset_, entry, KvFormat::kBF16, value_scale, 1);
@@ -164,6 +175,7 @@ void KvPage::Load(const std::byte* block, int entry, float* key, float* value, f
     key[i] = LoadElement(block + key_offset(), KeyIndex(i, entry), format_, key_scale);
     value[i] = LoadElement(block + value_offset(), ValueIndex(i, entry), format_, value_scale);
   }
+  if (RotatesKeys(format_)) WalshHadamard(key, head_dim_);
   *log_mass = with_log_mass_ ? LoadElement(block + log_mass_offset_, entry, KvFormat::kF32, 1) : 0.0f;
 }
 

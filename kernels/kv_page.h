@@ -3,9 +3,10 @@
 // One block holds `entries` cache entries of ONE kv head of ONE layer. An entry is (key[d], value[d],
 // log_mass): a token's entry has log_mass 0, so exact blocks leave it out; principal blocks store it.
 //
-//   keys      [head_dim, entries]   dimension-major: the scores of all entries of a block are one vector per
-//   dimension values    [entries, head_dim]   entry-major: a weighted sum of values streams rows log_mass
-//   float[entries]        principal blocks only; -inf pads an entry that is not there
+//   keys      [head_dim, entries]  dimension-major: the scores of all entries of a block are one vector per
+//                                  dimension; integers are in the Walsh–Hadamard basis
+//   values    [entries, head_dim]  entry-major: a weighted sum of values streams rows
+//   log_mass  float[entries]       principal blocks only; -inf pads an entry that is not there
 #ifndef ATP_KERNELS_KV_PAGE_H_
 #define ATP_KERNELS_KV_PAGE_H_
 
@@ -27,18 +28,22 @@ inline constexpr int kKvFormatCount = static_cast<int>(std::size(kKvFormats));
 
 // Bits per element of keys and values.
 constexpr int BitsOf(KvFormat format) {
-  constexpr int bits[] = {32, 16, 8, 8, 4};
-  return bits[static_cast<int>(format)];
+  // No table: on a device it would lie in local memory.
+  return format == KvFormat::kF32 ? 32 : format == KvFormat::kBF16 ? 16 : format == KvFormat::kInt4 ? 4 : 8;
 }
 // Formats with a scale per key and per value, and what the largest element of each is stored as.
 constexpr bool HasScales(KvFormat format) { return BitsOf(format) <= 8; }
 constexpr bool IsInteger(KvFormat format) { return HasScales(format) && format != KvFormat::kFp8; }
+// One step for a whole key: its elements are spread evenly first, by a basis in which queries meet them.
+constexpr bool RotatesKeys(KvFormat format) { return IsInteger(format); }
 constexpr int TopOf(KvFormat format) {
   return format == KvFormat::kFp8 ? 448 : format == KvFormat::kInt8 ? 127 : 7;
 }
 
 std::string_view Name(KvFormat format);
 std::optional<KvFormat> KvFormatFromName(std::string_view name);
+
+class KeyRounding;
 
 class KvPage {
  public:
@@ -58,7 +63,9 @@ class KvPage {
   size_t log_mass_offset() const { return log_mass_offset_; }        // meaningless without log mass
 
   // Host access to one entry of the block at `block` (reference backend, tests). key, value: [head_dim] fp32.
-  void Store(std::byte* block, int entry, const float* key, const float* value, float log_mass = 0.0f) const;
+  // rounding: of integer formats, how keys are rounded; null: to the nearest step.
+  void Store(std::byte* block, int entry, const float* key, const float* value, float log_mass = 0.0f,
+             const KeyRounding* rounding = nullptr) const;
   void Load(const std::byte* block, int entry, float* key, float* value, float* log_mass) const;
 
  private:

@@ -124,8 +124,10 @@ void PrincipalSegment::Gather(const FitPrincipalKeysArgs& args, const PrincipalF
   fit_ = {fitted_keys_.data(), fitted_values_.data(), fitted_log_mass_.data(), chosen_.data()};
 }
 
-void PrincipalSegment::Scatter(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) const {
+void PrincipalSegment::Scatter(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) {
   const KvPage& page = *job.page;
+  const bool rounds = RotatesKeys(page.format());
+  if (rounds) rounding_.Prepare(problem_.queries, problem_.m, problem_.d);
   const size_t d = static_cast<size_t>(page.head_dim());
   const int r = static_cast<int>(fitted_log_mass_.size());
   const std::vector<float> nothing(d, 0.0f);
@@ -134,8 +136,8 @@ void PrincipalSegment::Scatter(const FitPrincipalKeysArgs& args, const Principal
     std::byte* block =
         args.pool.data + static_cast<size_t>(job.out[j / page.entries()]) * args.pool.block_bytes;
     if (j < r) {
-      page.Store(block, j % page.entries(), &fitted_keys_[j * d], &fitted_values_[j * d],
-                 fitted_log_mass_[j]);
+      page.Store(block, j % page.entries(), &fitted_keys_[j * d], &fitted_values_[j * d], fitted_log_mass_[j],
+                 rounds ? &rounding_ : nullptr);
     } else {
       page.Store(block, j % page.entries(), nothing.data(), nothing.data(),
                  -std::numeric_limits<float>::infinity());

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/key_rounding.h"
 #include "kernels/op_args.h"
 #include "kernels/principal_fit.h"
 
@@ -17,7 +18,8 @@ void StoreQuerySample(const StoreQueriesArgs& args, const QuerySampleRow& row);
 class PrincipalSegment {
  public:
   void Gather(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job);
-  void Scatter(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job) const;
+  // After Gather() of the same job, and the fit.
+  void Scatter(const FitPrincipalKeysArgs& args, const PrincipalFitJob& job);
 
   const PrincipalFitProblem& problem() const { return problem_; }
   PrincipalFit* fit() { return &fit_; }
@@ -37,6 +39,7 @@ class PrincipalSegment {
   std::vector<double> fine_, coarse_;
   int coarse_begin_ = 0;
   std::vector<uint16_t> bits_;  // of one query
+  KeyRounding rounding_;
   PrincipalFitProblem problem_;
   PrincipalFit fit_;
 };

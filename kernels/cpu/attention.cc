@@ -15,6 +15,7 @@
 #include "kernels/cpu/attention_vnni.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/dtype.h"
+#include "kernels/walsh_hadamard.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/attention.cc"
@@ -61,9 +62,10 @@ inline void ClearState(const AttentionState& state, int queries) {
 struct PartScratch {
   AttentionState state;  // of the chunk
   AttentionState merged;
-  float* keys;    // [head_dim, 64] and
-  float* values;  // [64, head_dim]: a tile of integers, as fp32
-  int* limit;     // [queries]
+  float* query[2];  // [queries, dim], scaled; [1] in the basis of pages that rotate keys
+  float* keys;      // [head_dim, 64] and
+  float* values;    // [64, head_dim]: a tile of integers, as fp32
+  int* limit;       // [queries]
   IntegerOperands integers;
 };
 
@@ -237,6 +239,7 @@ HWY_NOINLINE void AttendIntegers(const EntryRun& run, int begin, int end, const 
 #endif
 
 void AttendRun(const EntryRun& run, int begin, int end, const Rows& rows, PartScratch& scratch) {
+  scratch.state.query = scratch.query[RotatesKeys(run.page->format())];
 #if HWY_TARGET == HWY_AVX3
   if (VnniSupports(*run.page)) return AttendIntegers(run, begin, end, rows, scratch);
 #endif
@@ -329,25 +332,30 @@ void Attention(const AttentionArgs& args, const AttentionPart& part, const Atten
   const size_t dim = scratch.state.dim;
   scratch.keys = memory;
   scratch.values = scratch.keys + dim * kTile;
-  scratch.state.query = scratch.values + dim * kTile;
-  memory = PlaceState(scratch.state.query + queries * dim, queries, scratch.state);
+  scratch.query[0] = scratch.values + dim * kTile;
+  scratch.query[1] = scratch.query[0] + queries * dim;
+  memory = PlaceState(scratch.query[1] + queries * dim, queries, scratch.state);
   memory = PlaceState(memory, queries, scratch.merged);
   PlaceIntegerOperands(memory, queries, head_dim, scratch.integers);
   scratch.limit = reinterpret_cast<int*>(memory + IntegerOperandFloats(queries, head_dim));
   if (part.partial != nullptr) PlaceState(part.partial, queries, scratch.state);
   for (int q = 0; q < queries; ++q) {
     const float* query = args.query + QueryOffset(args, part, q);
-    for (int i = 0; i < head_dim; ++i) scratch.state.query[q * dim + i] = query[i] * args.scale;
+    for (int i = 0; i < head_dim; ++i) scratch.query[0][q * dim + i] = query[i] * args.scale;
   }
   const int seen = ExactSeen(part), before = seen - (part.row_end - part.row_begin);
   EntryRun exact = ExactRun(args, part);
   const EntryRun principal = PrincipalRun(args, part, exact);
   if (next != nullptr) exact.behind = FirstTile(args, *next);
+  const KvPage* rotated = RotatesKeys(exact.page->format()) ? exact.page : nullptr;
+  if (principal.count > 0 && RotatesKeys(principal.page->format())) rotated = principal.page;
+  if (rotated != nullptr) {
+    std::copy_n(scratch.query[0], queries * dim, scratch.query[1]);
+    for (int q = 0; q < queries; ++q) WalshHadamard(scratch.query[1] + q * dim, head_dim);
 #if HWY_TARGET == HWY_AVX3
-  if ((principal.count > 0 && VnniSupports(*principal.page)) || VnniSupports(*exact.page)) {
-    QuantizeQueries(scratch.state, queries, scratch.integers);
-  }
+    if (VnniSupports(*rotated)) QuantizeQueries(scratch.query[1], queries, dim, scratch.integers);
 #endif
+  }
   const int first_exact = CeilDiv(principal.count, kTile);
   NextLines(FirstTile(args, part)).PrefetchAll();
   const int tiles = first_exact + CeilDiv(seen, kTile);
@@ -403,7 +411,7 @@ size_t AttentionPartialFloats(int queries, int head_dim) {
 size_t AttentionScratchFloats(int group, int head_dim) {
   const size_t queries = static_cast<size_t>(AttentionRowsPerPart(group)) * group;
   const size_t dim = AlignedDim(head_dim);
-  return 2 * kTile * dim + queries * (dim + 1) + 2 * StateFloats(queries, dim) +
+  return 2 * kTile * dim + queries * (2 * dim + 1) + 2 * StateFloats(queries, dim) +
          IntegerOperandFloats(static_cast<int>(queries), head_dim);
 }
 

@@ -34,12 +34,11 @@ void PlaceIntegerOperands(float* memory, int queries, int head_dim, IntegerOpera
   operands.values = reinterpret_cast<int8_t*>(operands.keys + kTile * dim);
 }
 
-void QuantizeQueries(const AttentionState& state, int queries, IntegerOperands& operands) {
+void QuantizeQueries(const float* query, int queries, size_t dim, IntegerOperands& operands) {
   const int head_dim = operands.head_dim;
-  for (int q = 0; q < queries; ++q) {
-    const float* query = state.query + q * state.dim;
-    int8_t* high = operands.query + static_cast<size_t>(q) * 2 * state.dim;
-    int8_t* low = high + state.dim;
+  for (int q = 0; q < queries; ++q, query += dim) {
+    int8_t* high = operands.query + static_cast<size_t>(q) * 2 * dim;
+    int8_t* low = high + dim;
     float largest = 0;
     for (int i = 0; i < head_dim; ++i) largest = std::max(largest, std::abs(query[i]));
     const float inverse = largest > 0 ? 127 * 256 / largest : 0;

@@ -70,7 +70,8 @@ struct IntegerOperands {
 size_t IntegerOperandFloats(int queries, int head_dim);
 void PlaceIntegerOperands(float* memory, int queries, int head_dim, IntegerOperands& operands);
 
-void QuantizeQueries(const AttentionState& state, int queries, IntegerOperands& operands);
+// query: [queries, dim], in the basis of the keys.
+void QuantizeQueries(const float* query, int queries, size_t dim, IntegerOperands& operands);
 void UnpackIntegerTile(const TilePlace& tile, IntegerOperands& operands);
 
 // Of `count` <= 8 queries from `first` on, for the entries of the first `slices` slices:

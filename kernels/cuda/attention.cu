@@ -11,6 +11,7 @@
 #include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/walsh_hadamard.cuh"
 
 namespace atp::cuda {
 namespace {
@@ -68,28 +69,42 @@ __device__ __forceinline__ int64_t QueryOffset(const Shape& shape, const Sequenc
 }
 
 // Operand b of the scores: lane 4 g + t holds query g of each block, dimensions 16 s + 4 i + t.
-template <int kBlocks, int kTerms>
+template <KvFormat kFormat, int kBlocks>
 __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTable& sequence, int kv_head,
                                             int first, int lane,
-                                            const QueryFragments<kBlocks, kTerms>& query) {
+                                            const QueryFragments<kBlocks, kTermsOf<kFormat>>& query) {
+  constexpr int kTerms = kTermsOf<kFormat>;
+  constexpr int kHalf = kWidestHead / 2;
   const int g = lane / 4, t = lane % 4;
+  // A transformed query is summed up by halves: the registers that all of it takes are not there.
+  const bool whole = RotatesKeys(kFormat) && shape.head_dim == kWidestHead;
+  [[maybe_unused]] constexpr int kUnroll = RotatesKeys(kFormat) ? 1 : 2;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     const int packed = first + b * kQueries + g;
     const bool there = packed < sequence.rows * shape.group;
     const float* from = shape.query + QueryOffset(shape, sequence, kv_head, there ? packed : 0);
+    const auto element = [&](int i) { return there && i < shape.head_dim ? from[i] : 0.0f; };
+#pragma unroll kUnroll
+    for (int half = 0; half < 2; ++half) {
+      float x[kHalf / 4];
 #pragma unroll
-    for (int step = 0; step < kWidestHead / 16; ++step) {
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int dimension = 16 * step + 4 * i + t;
-        x[i] = there && dimension < shape.head_dim ? from[dimension] : 0.0f;
+      for (int i = 0; i < kHalf / 4; ++i) {
+        const float mine = element(kHalf * half + 4 * i + t);
+        x[i] = mine;
+        if (!whole) continue;
+        const float other = element(kHalf * (1 - half) + 4 * i + t);
+        x[i] = (half == 0 ? mine + other : other - mine) * 0.70710678f;
       }
+      if constexpr (RotatesKeys(kFormat)) WarpWalshHadamard<4>(x, whole ? kHalf : shape.head_dim);
 #pragma unroll
-      for (int term = 0; term < kTerms; ++term) {
-        query.Store(b, term, step, PackBF16(Term<kTerms>(x[0], term), Term<kTerms>(x[1], term)),
-                    PackBF16(Term<kTerms>(x[2], term), Term<kTerms>(x[3], term)));
+      for (int s = 0; s < kHalf / 16; ++s) {
+        const int i = 4 * s, step = kHalf / 16 * half + s;
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) {
+          query.Store(b, term, step, PackBF16(Term<kTerms>(x[i], term), Term<kTerms>(x[i + 1], term)),
+                      PackBF16(Term<kTerms>(x[i + 2], term), Term<kTerms>(x[i + 3], term)));
+        }
       }
     }
   }
@@ -116,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, HasScales(kFormat) ? 3 : 2)
   {
     const QueryFragments<1, kTermsOf<kFormat>> query(
         arena.Take<uint32_t>(QueryFragments<1, kTermsOf<kFormat>>::kWords));
-    LoadQueries(shape, sequence, tile.kv_head, first, lane, query);
+    LoadQueries<kFormat>(shape, sequence, tile.kv_head, first, lane, query);
     const EntryRange range =
         RangeOf(tables, shape, head, principal, LastVisible(sequence, shape.group, first + kQueries));
     int visible[1][2];
@@ -198,7 +213,7 @@ __device__ __forceinline__ void AttendPart(const EntryRange& range, const Shape&
                                            const Shared<uint32_t>& query_memory, FoldedState<kBlocks>& chunk,
                                            FoldedState<kBlocks>& whole) {
   const QueryFragments<kBlocks, kTermsOf<kFormat>> query(query_memory);
-  LoadQueries(shape, sequence, kv_head, first, lane, query);
+  LoadQueries<kFormat>(shape, sequence, kv_head, first, lane, query);
   int visible[kBlocks][2];
 #pragma unroll
   for (int q = 0; q < 2 * kBlocks; ++q) {

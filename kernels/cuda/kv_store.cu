@@ -5,6 +5,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/principal_pages.cuh"
 #include "kernels/cuda/rotation.cuh"
+#include "kernels/cuda/walsh_hadamard.cuh"
 
 namespace atp::cuda {
 namespace {
@@ -153,13 +154,24 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = sequence.first_row + slice + e - first_entry;
     return (row * tables.kv_heads + kv_head) * head_dim;
   };
+#pragma unroll 1
   for (int e = begin + me / kWarpSize; e < end; e += kThreads / kWarpSize) {
-    float largest_key = 0, largest_value = 0;
-    for (int i = me % kWarpSize; i < head_dim; i += kWarpSize) {
-      const float k = rotates ? angles.Element(key + source(e), e - begin, i) : key[source(e) + i];
-      keys[e * stride + i] = k;
-      largest_key = fmaxf(largest_key, fabsf(k));
+    float k[kHeadVectors], largest_key = 0, largest_value = 0;
+#pragma unroll
+    for (int j = 0; j < kHeadVectors; ++j) {
+      const int i = me % kWarpSize + j * kWarpSize;
+      k[j] = 0;
+      if (i >= head_dim) continue;
+      k[j] = rotates ? angles.Element(key + source(e), e - begin, i) : key[source(e) + i];
       largest_value = fmaxf(largest_value, fabsf(value[source(e) + i]));
+    }
+    if constexpr (RotatesKeys(kFormat)) WarpWalshHadamard<kWarpSize>(k, head_dim);
+#pragma unroll
+    for (int j = 0; j < kHeadVectors; ++j) {
+      const int i = me % kWarpSize + j * kWarpSize;
+      if (i >= head_dim) continue;
+      keys[e * stride + i] = k[j];
+      largest_key = fmaxf(largest_key, fabsf(k[j]));
     }
     const uint16_t key_scale = ScaleBits(WarpMax(largest_key), kTop);
     const uint16_t value_scale = ScaleBits(WarpMax(largest_value), kTop);

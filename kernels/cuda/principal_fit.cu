@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cuda/key_rounding.cuh"
 #include "kernels/cuda/kv_tables.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ops.h"
@@ -56,19 +57,29 @@ __global__ void __launch_bounds__(kFitThreads) Gather(const FitJob* jobs, const 
   const int first = static_cast<int>(blockIdx.y) * kFitThreads + static_cast<int>(threadIdx.x);
   constexpr int kStride = kGatherBlocks * kFitThreads;
   const int n = job.result->n, d = shape.head_dim, half = d / 2;
-  for (int i = first; i < n * d; i += kStride) {
-    const int c = i % d;
-    const EntryPlace place = PlaceOf(job, shape, job.source[i / d]);
+  const int lane = first % kWarpSize;
+#pragma unroll 1
+  for (int i = first / kWarpSize; i < n; i += kStride / kWarpSize) {
+    const EntryPlace place = PlaceOf(job, shape, job.source[i]);
     const PageLayout& page = *place.page;
     float key_scale = 1, value_scale = 1;
     if (HasScales(page.format)) {
       key_scale = ScaleAt(place.block, page.key_scale_offset, place.entry);
       value_scale = ScaleAt(place.block, page.value_scale_offset, place.entry);
     }
-    job.keys[i] = ElementAt(place.block, page.format, page.KeyIndex(c, place.entry), key_scale);
-    job.values[i] =
-        ElementAt(place.block + page.value_offset, page.format, page.ValueIndex(c, place.entry), value_scale);
-    if (c == 0) job.log_mass[i / d] = LogMassOf(place);
+    float key[kHeadVectors];
+#pragma unroll
+    for (int j = 0; j < kHeadVectors; ++j) {
+      const int c = lane + j * kWarpSize;
+      key[j] = 0;
+      if (c >= d) continue;
+      key[j] = ElementAt(place.block, page.format, page.KeyIndex(c, place.entry), key_scale);
+      job.values[static_cast<int64_t>(i) * d + c] = ElementAt(place.block + page.value_offset, page.format,
+                                                              page.ValueIndex(c, place.entry), value_scale);
+    }
+    if (RotatesKeys(page.format)) WarpWalshHadamard<kWarpSize>(key, d);
+    StoreRow(key, d, job.keys + static_cast<int64_t>(i) * d);
+    if (lane == 0) job.log_mass[i] = LogMassOf(place);
   }
   const double scale = 1.0 / sqrt(static_cast<double>(d));
   for (int i = first; i < job.m * half; i += kStride) {
@@ -206,6 +217,30 @@ __global__ void __launch_bounds__(kFitThreads) Solve(const FitJob* jobs, int d) 
   if (threadIdx.x == 0) job.result->solved = solved && wrong == 0;
 }
 
+// Grid: (jobs). Keys for pages of integers: transformed and rounded, their scales in job.norms.
+__global__ void __launch_bounds__(kFitThreads) RoundKeys(const FitJob* jobs, int d) {
+  const FitJob& job = jobs[blockIdx.x];
+  if (!RotatesKeys(job.page.format)) return;
+  SharedArena arena;
+  PrepareRounding(job, d, arena.Take<double>(kFitWarps));
+  const int r = Keeps(job) ? job.result->n : job.count, top = TopOf(job.page.format);
+#pragma unroll 1
+  for (int j = static_cast<int>(threadIdx.x) / kWarpSize; j < r; j += kFitWarps) {
+    double* row = job.keys + static_cast<int64_t>(Keeps(job) ? j : job.chosen[j]) * d;
+    float key[kHeadVectors], largest = 0;
+    LoadTransformed(row, d, key);
+#pragma unroll
+    for (int k = 0; k < kHeadVectors; ++k) {
+      if (static_cast<int>(threadIdx.x) % kWarpSize + k * kWarpSize < d)
+        largest = fmaxf(largest, fabsf(key[k]));
+    }
+    const float scale = BF16ToFloat(ScaleBits(WarpMax(largest), top));
+    RoundKey(job.rounding, d, scale, top, key);
+    StoreRow(key, d, row);
+    if (threadIdx.x % kWarpSize == 0) job.norms[j] = scale;
+  }
+}
+
 // Grid: (jobs). The report, and the entries into their pages. Degenerate input ends as the chosen keys with
 // their own values, each standing for n/r entries.
 __global__ void __launch_bounds__(kFitThreads, 1)
@@ -247,7 +282,10 @@ __global__ void __launch_bounds__(kFitThreads, 1)
       const double more = kept ? 0.0 : log(fitted ? job.vectors[j] : static_cast<double>(n) / job.count);
       return static_cast<float>(job.log_mass[source(j)] + more);
     };
-    StorePage(page, shape.Block(job.out[first / page.entries]), kFitThreads, key, value, mass);
+    const auto key_scale = [&](int e) {
+      return first + e < r ? FloatToBF16(static_cast<float>(job.norms[first + e])) : uint16_t{0};
+    };
+    StorePage(page, shape.Block(job.out[first / page.entries]), kFitThreads, key, key_scale, value, mass);
   }
 }
 
@@ -278,7 +316,7 @@ void Carve(FitJob& job, size_t d, Carver& carver) {
   carver.Take(&job.norms, n), carver.Take(&job.rest, n);
   carver.Take(&job.part_gram, r * r), carver.Take(&job.vectors, 5 * r), carver.Take(&job.share, r * m);
   carver.Take(&job.target, m * d), carver.Take(&job.residual, m * d), carver.Take(&job.error, m * d);
-  carver.Take(&job.shift, r * d), carver.Take(&job.part_values, r * d);
+  carver.Take(&job.shift, r * d), carver.Take(&job.part_values, r * d), carver.Take(&job.rounding, 2 * d * d);
 }
 
 // Block ids and positions of the jobs, as one table that the jobs point into.
@@ -341,6 +379,7 @@ cudaError_t RunSteps(const OpContext& context, const FitJob* jobs, unsigned coun
   multiply(Step::kShareGram, Step::kShift, TilesOf(r, r) + TilesOf(r, d));
   launch("FitSolve", Solve, 1, kFitThreads, kFitShared, d);
   multiply(Step::kError, Step::kError, TilesOf(m, d));
+  launch("FitRoundKeys", RoundKeys, 1, kFitThreads, SharedBytes<double>(kFitWarps), d);
   launch("FitFinish", Finish, 1, kFitThreads, kFitShared, shape, reports);
   return error;
 }

@@ -32,6 +32,7 @@ struct FitJob {
   double *target, *residual, *error;  // [m, d]
   double* shift;                      // [r, d]
   double* part_values;                // [r, d]: of the chosen
+  float* rounding;                    // [2, d, d]: see key_rounding.cuh
   int32_t* source;                    // [entries]: which entries are there
   int32_t* chosen;                    // [r]
   int32_t* taken;                     // [n]

@@ -48,10 +48,12 @@ __device__ __forceinline__ uint32_t Quantized(float x, float scale, KvFormat for
 }
 
 // Writes `entries` entries of a block by all threads of the thread block. key(entry, dimension) and
-// value(entry, dimension) give fp32, mass(entry) the log mass; entries are the block's own.
-template <class Key, class Value, class Mass>
+// value(entry, dimension) give fp32, mass(entry) the log mass; entries are the block's own. Where the page
+// rotates keys they come so, rounded, and key_scale(entry) gives the bits of their scales.
+template <class Key, class KeyScale, class Value, class Mass>
 __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* block, int threads,
-                                          const Key& key, const Value& value, const Mass& mass) {
+                                          const Key& key, const KeyScale& key_scale, const Value& value,
+                                          const Mass& mass) {
   const int me = static_cast<int>(threadIdx.x), lane = me % kWarpSize, d = page.head_dim;
   const int top = TopOf(page.format);
   auto* key_scales = reinterpret_cast<uint16_t*>(block + page.key_scale_offset);
@@ -65,8 +67,10 @@ __device__ __forceinline__ void StorePage(const PageLayout& page, std::byte* blo
         largest_value = fmaxf(largest_value, fabsf(value(e, i)));
       }
       largest_key = WarpMax(largest_key), largest_value = WarpMax(largest_value);
-      if (lane == 0)
-        key_scales[e] = ScaleBits(largest_key, top), value_scales[e] = ScaleBits(largest_value, top);
+      if (lane == 0) {
+        key_scales[e] = RotatesKeys(page.format) ? key_scale(e) : ScaleBits(largest_key, top);
+        value_scales[e] = ScaleBits(largest_value, top);
+      }
     }
     if (lane == 0 && page.with_log_mass) reinterpret_cast<float*>(block + page.log_mass_offset)[e] = mass(e);
   }

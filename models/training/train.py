@@ -145,15 +145,22 @@ class Data:
         return self.train[at:at + length].astype(np.int64)
 
     def span(self, rng, ids, scored):
-        """Spans come again, two to eight in 512 tokens: predictable only by who remembers them. From front to back, so
-        that no source is overwritten by a later span. Where a span begins or ends nothing can be known, and of the
-        other tokens a third is scored, so that half of what is learnt is recall."""
-        count = int(rng.integers(2, 9)) * max(1, len(ids) // 512)
+        """Spans come again, two to eight in 512 tokens: predictable only by who remembers them. Half of them at all
+        distances alike, half at all places alike, of which some are early in the row. From front to back, so that no
+        source is overwritten by a later span. Where a span begins or ends nothing can be known, and of the other tokens
+        a third is scored, so that half of what is learnt is recall."""
         scored[:] = rng.random(len(ids)) < 1 / 3
-        for at in np.sort(rng.integers(64, len(ids) - 16, size=count)).tolist():
-            length = min(int(rng.integers(16, 97)), len(ids) - at, at - 1)
-            start = int(rng.integers(1, at - length + 1, size=2).min())  # far ones are rare anyway
-            ids[at:at + length] = ids[start:start + length]
+        pairs = []  # where to, from how far
+        for kind in rng.random(int(rng.integers(2, 9)) * max(1, len(ids) // 512)):
+            if kind < 0.5:
+                distance = int(rng.integers(16, len(ids) - 17))
+                pairs.append((int(rng.integers(distance + 1, len(ids) - 16)), distance))
+            else:
+                at = int(rng.integers(32, min(256, len(ids)) if kind < 0.65 else len(ids)) - 16)
+                pairs.append((at, int(rng.integers(min(16, at - 1), at))))
+        for at, distance in sorted(pairs):
+            length = min(int(rng.integers(16, 97)), len(ids) - at, distance)
+            ids[at:at + length] = ids[at - distance:at - distance + length]
             scored[at:at + length] = True
             scored[[at, min(at + length, len(ids) - 1)]] = False
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <set>
 #include <string>
@@ -118,12 +119,11 @@ TEST(RatiosForMean, TheFilesOwnOrSharedAnew) {
   EXPECT_GT((*shared)[0], (*shared)[1]);
 }
 
-// Two heads need all of their entries, four next to none: the two get them before anybody gets a second
-// block.
+// Two heads need all of their entries, four next to none, which at 1/16 two of these do not show: the two get
+// them before anybody gets a second block.
 TEST(RatiosForMean, CurvesSayWhoNeedsThemAll) {
   CompressionBudgets budgets = Measured();
-  budgets.sensitivity = {1e-4, 1e-4, 1, 1, 1e-6, 1e-6};
-  // 21 blocks: without the curves, rounding to whole blocks takes one of theirs.
+  budgets.sensitivity = {1, 1, 1, 1, 1e-6, 1e-6};
   const std::vector<double> shared = *RatiosForMean(budgets, 0.45, 128, 16, "f");
   EXPECT_EQ(shared[2], 1);
   EXPECT_EQ(shared[3], 1);
@@ -143,6 +143,17 @@ TEST(RatiosForMean, CurvesSayWhoNeedsThemAll) {
   // Too little for a block each: as without curves.
   EXPECT_EQ(*RatiosForMean(budgets, 0.1, 128, 16, "f"),
             RoundToBlocks(ShareBudget(budgets.sensitivity, 0.1), 128, 16));
+}
+
+TEST(RatiosForMean, WithoutCurvesAHeadThatNeedsAllIsNotRoundedDownForOthersFirstBlocks) {
+  CompressionBudgets budgets;
+  budgets.layers = 3;
+  budgets.kv_heads = 2;
+  budgets.ratio.assign(6, 1.0);
+  budgets.sensitivity = {1e-6, 1e-6, 1, 1e-3, 1e-6, 1e-6};
+  const std::vector<double> shared = *RatiosForMean(budgets, 0.3, 128, 16, "f");
+  EXPECT_EQ(shared[2], 1);
+  EXPECT_EQ(std::accumulate(shared.begin(), shared.end(), 0.0), 14.0 / 8);  // of 14.4 blocks
 }
 
 TEST(SpendBytes, Refusals) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/dtype.h"
+#include "kernels/walsh_hadamard.h"
 
 namespace atp {
 namespace {
@@ -126,6 +128,10 @@ TEST(KvPage, FewBitsAreWithinHalfAStep) {
         float log_mass = NAN;
         page.Load(block.data(), e, key.data(), value.data(), &log_mass);
         EXPECT_EQ(log_mass, static_cast<float>(e));
+        if (RotatesKeys(format)) {
+          WalshHadamard(key.data(), head_dim);
+          WalshHadamard(keys[e].data(), head_dim);
+        }
         for (const auto& [got, wanted] : {std::pair(&key, &keys[e]), std::pair(&value, &values[e])}) {
           float largest = 0;
           for (const float f : *wanted) largest = std::max(largest, std::abs(f));
@@ -136,6 +142,47 @@ TEST(KvPage, FewBitsAreWithinHalfAStep) {
         }
       }
     }
+  }
+}
+
+TEST(WalshHadamard, IsItsOwnInverseAndKeepsProducts) {
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  for (const int d : {1, 2, 8, 20, 34, 48, 64, 128}) {
+    std::vector<float> x(d), y(d);
+    for (float& f : x) f = normal(rng);
+    for (float& f : y) f = normal(rng);
+    std::vector<float> a = x, b = y;
+    WalshHadamard(a.data(), d);
+    WalshHadamard(b.data(), d);
+    EXPECT_NEAR(std::inner_product(a.begin(), a.end(), b.begin(), 0.0),
+                std::inner_product(x.begin(), x.end(), y.begin(), 0.0), 1e-4);
+    if (d % 4 == 0) {
+      EXPECT_NE(a, x);
+    }
+    WalshHadamard(a.data(), d);
+    for (int i = 0; i < d; ++i) EXPECT_NEAR(a[i], x[i], 1e-5) << d;
+  }
+}
+
+// An element of 100 makes steps of 14 at 4 bits: the other elements, of about 1, would all be 0.
+TEST(KvPage, OneLargeElementOfAKeyDoesNotCoarsenTheOthers) {
+  std::mt19937 rng(6);
+  std::normal_distribution<float> normal;
+  const int head_dim = 64;
+  std::vector<float> key(head_dim), value(head_dim);
+  for (float& f : key) f = normal(rng);
+  key[37] = 100;
+  for (const auto& [format, error] : {std::pair(KvFormat::kInt8, 0.05), std::pair(KvFormat::kInt4, 0.75)}) {
+    const KvPage page(format, 16, head_dim, false);
+    std::vector<std::byte> block(page.bytes());
+    page.Store(block.data(), 3, key.data(), value.data());
+    std::vector<float> got(head_dim);
+    float log_mass;
+    page.Load(block.data(), 3, got.data(), value.data(), &log_mass);
+    double sum = 0;
+    for (int i = 0; i < head_dim; ++i) sum += std::pow(got[i] - key[i], 2);
+    EXPECT_LT(std::sqrt(sum / head_dim), error) << Name(format);
   }
 }
 
