@@ -214,7 +214,9 @@ std::vector<float> InverseFrequencies(Fields& fields, const Json* scaling, const
       const double turns = context * base / (2.0 * std::numbers::pi);  // over the original context
       kept = std::clamp((turns - low) / (high - low), 0.0, 1.0);
     }
-    frequencies.push_back(static_cast<float>(base * (kept + (1.0 - kept) / factor)));
+    // In fp32 as GGUF files hold it, so that both forms of a model have the same frequencies.
+    const float divisor = static_cast<float>(1.0 / (kept + (1.0 - kept) / factor));
+    frequencies.push_back(static_cast<float>(base / divisor));
   }
   return frequencies;
 }

@@ -28,7 +28,8 @@ def load(directory):
     config = json.loads((directory / "config.json").read_text())
     shape = Shape(config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"],
                   config["num_key_value_heads"], config["intermediate_size"], config["max_position_embeddings"],
-                  batch=1, dropout=0.0, head_dim=config["head_dim"], vocabulary=config["vocab_size"])
+                  batch=1, dropout=0.0, head_dim=config["head_dim"], vocabulary=config["vocab_size"],
+                  rope_theta=config["rope_theta"], rope_scaling=config.get("rope_scaling"))
     model = Llama(shape)
     model.load_state_dict(read_weights(directory))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))

@@ -7,10 +7,11 @@ Stops and resumes at will: OUT/checkpoint.pt is written every two minutes and at
 same arguments goes on from it. OUT/log.jsonl has a line for each measurement; OUT/model/ is the model.
 
 What it learns from (each sequence of `context` tokens is drawn by the step's own seed, so a resumed run sees what an
-unbroken one would):
+unbroken one would; every sequence weighs as much, however many of its tokens are scored):
   text      a window of the books
-  span      a window in which spans of 16..96 tokens come again, at any distance up to the context
+  span      a window in which spans of 16..96 tokens come again, one to 32 of them, at any distance up to the context
   echo      a window, or random tokens, and then nothing but spans of what stands before: most of the row is recall
+  circle    phrases said again at once, once to three times, and how the text goes on; only that is scored
   list      key = value lines of random tokens, then a window, then some of the keys asked; only answers are scored
   dialogue  conversations in the chat form, in the last part of training
 
@@ -34,10 +35,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 BOS = 1
+NEAR = 60  # tokens: nearer spans do not come again, or text would run in circles
 # Share of the run until: shares of rows that are echoes, and that have spans.
-MIX = ((0.06, 0.5, 0.1), (0.5, 0.2, 0.1), (1, 0.3, 0.6))
+MIX = ((0.06, 0.5, 0.1), (0.5, 0.2, 0.1), (0.85, 0.1, 0.55), (1, 0.05, 0.35))
 DECAY = 0.6       # last share of the run in which the learning rate falls
 DIALOGUE = 0.20   # last share of the run with conversations in it
+# Only pairs of dimensions that turn by less than a radian in the whole context can match a key wherever it stands: 19 of
+# the 32 of a head, where the base alone leaves 6. The 9 fastest, by which heads tell neighbours apart, are as they were.
+ROPE_SCALING = {"rope_type": "llama3", "factor": 64.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256}
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
           "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
@@ -59,17 +65,32 @@ class Shape:
     dropout: float
     head_dim: int = 64
     vocabulary: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # as in config.json; llama3 is the one type known here
     # Rows may be shorter, and as many more, in earlier parts of the run, as attention is dear and recall is learnt
     # sooner where there is less to look through: (share of the run until, divisor of the context).
     folds: tuple = ((1, 1),)
 
 
 SIZES = {
-    "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05),  # 15.3M with 6,144 pieces
-    "cpu": Shape(384, 6, 4, 2, 1024, context=2048, batch=4, dropout=0.0,
-                 folds=((0.06, 8), (0.5, 4), (1, 1))),  # 11.2M
+    # With 6,144 pieces 15.3M parameters,
+    "gpu": Shape(384, 8, 6, 3, 1024, context=2048, batch=48, dropout=0.05, rope_scaling=ROPE_SCALING),
+    # and 12.7M.
+    "cpu": Shape(384, 7, 4, 2, 1024, context=2048, batch=4, dropout=0.0, rope_scaling=ROPE_SCALING,
+                 folds=((0.06, 8), (0.5, 4), (1, 1))),
     "tiny": Shape(64, 2, 2, 1, 128, context=256, batch=4, dropout=0.0, head_dim=32),  # for trying this script
 }
+
+
+def inverse_frequency(s):
+    """Angle per position of each pair of a head's dimensions (Llama 3.1's scaling)."""
+    frequency = s.rope_theta ** (-torch.arange(0, s.head_dim, 2).double() / s.head_dim)
+    r = s.rope_scaling
+    if r is None:
+        return frequency
+    turns = r["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / r["factor"])
 
 
 def rotate(x, cos, sin):
@@ -113,8 +134,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(s.vocabulary, s.hidden)
         self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
         self.norm = nn.RMSNorm(s.hidden, eps=1e-5)
-        frequency = 10000.0 ** (-torch.arange(0, s.head_dim, 2).double() / s.head_dim)
-        angle = torch.arange(s.context).double()[:, None] * frequency
+        angle = torch.arange(s.context).double()[:, None] * inverse_frequency(s)
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -145,19 +165,21 @@ class Data:
         return self.train[at:at + length].astype(np.int64)
 
     def span(self, rng, ids, scored):
-        """Spans come again, two to eight in 512 tokens: predictable only by who remembers them. Half of them at all
-        distances alike, half at all places alike, of which some are early in the row. From front to back, so that no
-        source is overwritten by a later span. Where a span begins or ends nothing can be known, and of the other tokens
-        a third is scored, so that half of what is learnt is recall."""
-        scored[:] = rng.random(len(ids)) < 1 / 3
+        """Spans come again, one to many of them: predictable only by who remembers them. Half of them at all distances
+        alike, half at all places alike, of which some are early in the row. From front to back, so that no source is
+        overwritten by a later span. Where a span begins or ends nothing can be known; of the other tokens as many are
+        scored as keeps half of what is learnt recall."""
         pairs = []  # where to, from how far
-        for kind in rng.random(int(rng.integers(2, 9)) * max(1, len(ids) // 512)):
+        # In most rows few: who sees that much is repeated trusts the next match, and must not need to.
+        count = int(math.exp(rng.uniform(0, math.log(len(ids) / 64))))
+        scored[:] = rng.random(len(ids)) < count / 32
+        for kind in rng.random(count):
             if kind < 0.5:
-                distance = int(rng.integers(16, len(ids) - 17))
+                distance = int(rng.integers(NEAR, len(ids) - 17))
                 pairs.append((int(rng.integers(distance + 1, len(ids) - 16)), distance))
             else:
-                at = int(rng.integers(32, min(256, len(ids)) if kind < 0.65 else len(ids)) - 16)
-                pairs.append((at, int(rng.integers(min(16, at - 1), at))))
+                at = int(rng.integers(NEAR + 17, min(256, len(ids)) if kind < 0.65 else len(ids)) - 16)
+                pairs.append((at, int(rng.integers(NEAR, at))))
         for at, distance in sorted(pairs):
             length = min(int(rng.integers(16, 97)), len(ids) - at, distance)
             ids[at:at + length] = ids[at - distance:at - distance + length]
@@ -172,10 +194,25 @@ class Data:
             scored[1:at] = False
         while at < len(ids):
             length = min(int(rng.integers(12, 65)), len(ids) - at, at - 1)
-            start = int(rng.integers(1, at - length + 1))
+            start = int(rng.integers(1, max(1, at - max(length, NEAR)) + 1))
             ids[at:at + length] = ids[start:start + length]
             scored[at] = False
             at += length
+
+    def circle(self, rng, ids, scored):
+        """Phrases said again at once, up to three times, and then the text goes on, which is scored: who runs in circles
+        must find out of them."""
+        text, at, taken = self.window(rng, len(ids)), 1, 1
+        while at < len(ids):
+            length = min(int(rng.integers(40, 160)), len(ids) - at)
+            ids[at:at + length] = text[taken:taken + length]
+            at, taken = at + length, taken + length
+            phrase = ids[at - int(rng.integers(5, 41)):at].copy()
+            for _ in range(int(rng.integers(1, 4))):
+                length = min(len(phrase), len(ids) - at)
+                ids[at:at + length] = phrase[:length]
+                scored[at:at + length] = False
+                at += length
 
     def key_values(self, rng, ids, scored):
         """Lines `key = value` of random pieces at the start, questions at the end, text between."""
@@ -196,7 +233,7 @@ class Data:
         ids[:] = self.dialogue[at:at + len(ids)]
 
     def draw(self, step, count, length, progress):
-        """`count` rows of `length` tokens and what follows each token (-100: not scored)."""
+        """`count` rows of `length` tokens, what follows each token, and how much that weighs: in each row as much."""
         rng = np.random.default_rng((20261120, step))
         rows = np.empty((count, length + 1), dtype=np.int64)
         scored = np.ones_like(rows, dtype=bool)
@@ -209,12 +246,15 @@ class Data:
                 self.conversation(rng, ids)
             elif kind > 0.90:
                 self.key_values(rng, ids, score)
-            elif kind > 0.90 - spans:
+            elif kind > 0.75:
+                self.circle(rng, ids, score)
+            elif kind > 0.75 - spans:
                 self.span(rng, ids, score)
-            elif kind > 0.90 - spans - echoes:
+            elif kind > 0.75 - spans - echoes:
                 self.echo(rng, ids, score)
-        targets = np.where(scored, rows, -100)[:, 1:]
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets.copy())
+        scored = scored[:, 1:]
+        weights = (scored / np.maximum(scored.sum(1, keepdims=True), 1) / count).astype(np.float32)
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy()), torch.from_numpy(weights)
 
     def validation(self, count, length):
         at = np.linspace(0, len(self.valid) - length - 2, count).astype(int)
@@ -274,6 +314,16 @@ def read_weights(directory):
             for name, tensor in load_file(str(directory / "model.safetensors")).items()}
 
 
+def begin_from(model, weights):
+    """Layers that the weights do not have begin by adding nothing."""
+    loaded = model.load_state_dict(weights, strict=False)
+    if loaded.unexpected_keys:
+        raise SystemExit(f"--init: no place for {', '.join(loaded.unexpected_keys[:3])}: another size?")
+    for name in loaded.missing_keys:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(model.get_parameter(name))
+
+
 def export(model, data_dir, out, data):
     """Hugging Face layout, bf16; with the tokenizer, the chat template and held-out ids."""
     s = model.s
@@ -289,7 +339,8 @@ def export(model, data_dir, out, data):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": s.hidden,
               "intermediate_size": s.intermediate, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
               "num_key_value_heads": s.kv_heads, "head_dim": s.head_dim, "vocab_size": s.vocabulary,
-              "max_position_embeddings": s.context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+              "max_position_embeddings": s.context, "rms_norm_eps": 1e-5, "rope_theta": s.rope_theta,
+              "rope_scaling": s.rope_scaling,
               "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
               "torch_dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -304,7 +355,8 @@ def main():
     parser.add_argument("--data", required=True, type=pathlib.Path, help="what prepare.py wrote")
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--size", choices=SIZES, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--init", type=pathlib.Path, help="a model of the same size to start from, instead of noise")
+    parser.add_argument("--init", type=pathlib.Path,
+                        help="a model of the same size, or of fewer layers, to start from, instead of noise")
     parser.add_argument("--begin", type=float, default=0.0, help="where in the schedule to begin, with --init; 0 to 1")
     parser.add_argument("--minutes", type=float, help="length of the whole run, all stretches together")
     parser.add_argument("--steps", type=int, help="the same, counted in steps (repeatable to the bit on one device)")
@@ -325,11 +377,11 @@ def main():
     shape.vocabulary = data.vocabulary
     model = Llama(shape).to(device)
     if args.init:
-        model.load_state_dict(read_weights(args.init))
+        begin_from(model, read_weights(args.init))
     optimizers_ = optimizers(model)
     # The loss is compiled with the model: the logits of a step are far larger than its weights.
-    loss_of = torch.compile(lambda ids, targets: F.cross_entropy(model(ids).float().flatten(0, 1), targets.flatten(),
-                                                                 ignore_index=-100), dynamic=False)
+    loss_of = torch.compile(lambda ids, targets, weights: (F.cross_entropy(
+        model(ids).float().flatten(0, 1), targets.flatten(), reduction="none") * weights.flatten()).sum(), dynamic=False)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint, state = args.out / "checkpoint.pt", {"step": 0, "seconds": 0.0}
     if checkpoint.exists():
@@ -370,9 +422,9 @@ def main():
         for optimizer, rates in zip(optimizers_, base):
             for group, lr in zip(optimizer.param_groups, rates):
                 group["lr"] = lr * rate(progress, state["step"])
-        ids, targets = data.draw(state["step"], rows, length, progress)
+        batch = data.draw(state["step"], rows, length, progress)
         with autocast:
-            loss = loss_of(ids.to(device), targets.to(device))
+            loss = loss_of(*(part.to(device) for part in batch))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers_:
