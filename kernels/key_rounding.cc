@@ -13,23 +13,14 @@ void KeyRounding::Prepare(const float* queries, int m, int d) {
   const size_t stride = static_cast<size_t>(d);
   gram_.assign(stride * stride, 0.0f);
   factor_.assign(stride * stride, 0.0f);
-  queries_.clear();
   const int step = (m + kKeyRoundingQueries - 1) / kKeyRoundingQueries;
   for (int q = 0; q < m; q += step) {
     const float* from = queries + static_cast<size_t>(q) * stride;
-    queries_.insert(queries_.end(), from, from + d);
-    WalshHadamard(&queries_[queries_.size() - stride], d);
-  }
-  for (int i = 0; i < d; ++i) {
-    float* row = &gram_[static_cast<size_t>(i) * stride];
-    const float *query = queries_.data(), *end = query + queries_.size();
-    // Four at a time, in the order of one at a time.
-    for (; end - query >= 4 * d; query += 4 * d) {
-      const float *a = query, *b = a + d, *c = b + d, *e = c + d;
-      for (int j = 0; j <= i; ++j) row[j] = row[j] + a[i] * a[j] + b[i] * b[j] + c[i] * c[j] + e[i] * e[j];
-    }
-    for (; query < end; query += d) {
-      for (int j = 0; j <= i; ++j) row[j] += query[i] * query[j];
+    query_.assign(from, from + d);
+    WalshHadamard(query_.data(), d);
+    for (int i = 0; i < d; ++i) {
+      float* row = &gram_[static_cast<size_t>(i) * stride];
+      for (int j = 0; j <= i; ++j) row[j] += query_[i] * query_[j];
     }
   }
   float trace = 0;

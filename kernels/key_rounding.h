@@ -27,9 +27,9 @@ class KeyRounding {
 
  private:
   int d_ = 0;
-  std::vector<float> queries_;  // those taken, [m', d], in the Walsh–Hadamard basis
-  std::vector<float> gram_;     // [d, d], lower triangle
-  std::vector<float> factor_;   // [d, d]: row i is U_ij for j > i
+  std::vector<float> query_;   // [d]
+  std::vector<float> gram_;    // [d, d], lower triangle
+  std::vector<float> factor_;  // [d, d]: row i is U_ij for j > i
 };
 
 }  // namespace atp
