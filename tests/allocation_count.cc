@@ -14,6 +14,8 @@ void* Counted(void* memory) {
 }  // namespace
 
 void* operator new(size_t bytes) { return Counted(std::malloc(bytes)); }
+// Without this one a sanitizer's own would meet our delete (std::stable_sort asks for it).
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept { return Counted(std::malloc(bytes)); }
 void* operator new(size_t bytes, std::align_val_t alignment) {
   const size_t unit = static_cast<size_t>(alignment);
   return Counted(std::aligned_alloc(unit, (bytes + unit - 1) / unit * unit));
