@@ -80,13 +80,16 @@ class Reader {
   bool ok_ = true;
 };
 
-absl::Status CheckPiece(std::string_view bytes) {
+constexpr uint64_t kUserDefined = 4;  // of a piece's types
+
+absl::Status CheckPiece(std::string_view bytes, uint64_t* type) {
   std::string text;
   float score = 0;
   Reader reader(bytes);
   for (Field field; reader.Next(&field);) {
     if (field.number == 1 && field.wire_type == 2) text = std::string(field.bytes);
     if (field.number == 2 && field.wire_type == 5) std::memcpy(&score, field.bytes.data(), sizeof(float));
+    if (field.number == 3 && field.wire_type == 0) *type = field.varint;
     if (!std::isfinite(score)) return Malformed("a piece has no finite score");
   }
   if (!reader.ok()) return Malformed("a piece is cut");
@@ -164,7 +167,9 @@ absl::StatusOr<SentencePieceInfo> ParseSentencePieceProto(std::string_view bytes
     absl::Status status;
     if (field.number == 1) {
       if (++info.pieces > kMaxPieces) return Malformed("too many pieces");
-      status = CheckPiece(field.bytes);
+      uint64_t type = 0;
+      status = CheckPiece(field.bytes, &type);
+      if (type == kUserDefined) info.user_defined.push_back(info.pieces - 1);
     } else if (field.number == 3 || field.number == 5) {  // normalizer_spec, denormalizer_spec
       status = ParseNormalizer(field.bytes, field.number == 3, &info);
     }

@@ -4,6 +4,7 @@
 #define ATP_ENGINE_SENTENCEPIECE_PROTO_H_
 
 #include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 
@@ -11,7 +12,8 @@ namespace atp {
 
 struct SentencePieceInfo {
   int pieces = 0;
-  bool add_dummy_prefix = true;  // encoding puts a space before a text
+  bool add_dummy_prefix = true;   // encoding puts a space before a text
+  std::vector<int> user_defined;  // ids of pieces that the library finds in any text before all others
 };
 
 // InvalidArgument when the bytes are not such a file or would make the library misbehave.

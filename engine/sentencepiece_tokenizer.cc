@@ -35,7 +35,10 @@ class SentencePieceTokenizer : public Tokenizer {
     if (processor_.GetPieceSize() != info->pieces)
       return absl::InvalidArgumentError("not a SentencePiece model");
     strips_leading_space_ = info->add_dummy_prefix;
-    if (absl::Status s = BuildTables(config.added_tokens); !s.ok()) return s;
+    if (absl::Status s = BuildTables(
+            config.added_tokens.empty() ? config.old_added_tokens : config.added_tokens, info->user_defined);
+        !s.ok())
+      return s;
     FindNewline();
     TokenizerDefaults defaults;
     if (processor_.bos_id() >= 0) {
@@ -60,15 +63,20 @@ class SentencePieceTokenizer : public Tokenizer {
   bool lines_are_separate() const override { return newline_.has_value(); }
 
   std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const override {
-    std::vector<TokenId> ids;
-    if (add_special) ids = specials_.prefix;
-    // Each part between control tokens is a text of its own with its own dummy prefix, as the models were
-    // trained.
-    matcher_.Split(
-        text, parse_special, [&](std::string_view part) { EncodeText(part, &ids); },
-        [&](TokenId id) { ids.push_back(id); });
+    Encoding encoding;
+    if (add_special) encoding.ids = specials_.prefix;
+    AppendText(text, parse_special, &encoding);
+    std::vector<TokenId>& ids = encoding.ids;
     if (add_special) ids.insert(ids.end(), specials_.suffix.begin(), specials_.suffix.end());
-    return ids;
+    return std::move(ids);
+  }
+
+  std::vector<TokenId> EncodeParts(std::span<const PromptPart> parts) const override {
+    Encoding encoding;
+    for (const PromptPart& part : parts) {
+      part.token ? AppendToken(*part.token, &encoding) : AppendText(part.text, false, &encoding);
+    }
+    return std::move(encoding.ids);
   }
 
   std::string TokenBytes(TokenId id, bool keep_special) const override {
@@ -82,6 +90,50 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
  private:
+  // Each part between control tokens is a text of its own with its own dummy prefix, as the models were
+  // trained. Marks (see BuildTables) are a part of the text around them: only its beginning has the prefix.
+  struct Encoding {
+    std::vector<TokenId> ids;
+    bool text_begins = true;
+  };
+
+  void AppendToken(TokenId id, Encoding* out) const {
+    const bool mark = mark_spelled_.contains(id);
+    if (mark && out->text_begins) out->ids.insert(out->ids.end(), mark_prefix_.begin(), mark_prefix_.end());
+    out->ids.push_back(id);
+    out->text_begins = !mark;
+  }
+
+  void AppendText(std::string_view text, bool parse_special, Encoding* out) const {
+    matcher_.Split(
+        text, parse_special, [&](std::string_view part) { AppendPlain(part, out); },
+        [&](TokenId id) { AppendToken(id, out); });
+  }
+
+  void AppendPlain(std::string_view text, Encoding* out) const {
+    std::vector<TokenId> ids;
+    if (out->text_begins || anchor_.empty()) {
+      EncodeText(text, &ids);
+    } else {
+      ids = EncodeBehindMark(text);
+    }
+    for (const TokenId id : ids) {  // the library finds marks in any text: here they are text
+      const auto spelled = mark_spelled_.find(id);
+      if (spelled == mark_spelled_.end()) {
+        out->ids.push_back(id);
+      } else {
+        out->ids.insert(out->ids.end(), spelled->second.begin(), spelled->second.end());
+      }
+    }
+    out->text_begins = false;
+  }
+
+  std::vector<TokenId> EncodeBehindMark(std::string_view text) const {
+    const std::vector<TokenId> ids = EncodeLine(absl::StrCat(anchor_, std::string(text)));
+    const auto mark = std::find(ids.begin(), ids.end(), processor_.PieceToId(anchor_));
+    return {mark == ids.end() ? mark : mark + 1, ids.end()};
+  }
+
   std::vector<TokenId> EncodeLine(std::string_view text) const {
     std::vector<int> ids;
     if (!processor_.Encode(text, &ids).ok()) ids.clear();  // only a processor without a model fails
@@ -108,7 +160,32 @@ class SentencePieceTokenizer : public Tokenizer {
     if (processor_.IsByte(newline) && EncodeLine("a\na") == EncodeLine("a a")) newline_ = newline;
   }
 
-  absl::Status BuildTables(const std::vector<AddedToken>& added_tokens) {
+  // Marks are pieces such as <|im_start|> that a model was trained with as the library's user-defined ones,
+  // which it finds in any text: control tokens to us, but without a text of their own on either side.
+  void FindMarks(const std::vector<int>& user_defined, const std::vector<AddedToken>& added_tokens,
+                 std::vector<AddedToken>* added) {
+    for (const int id : user_defined) {
+      const std::string& piece = processor_.IdToPiece(id);
+      const bool special = std::any_of(added_tokens.begin(), added_tokens.end(),
+                                       [&](const AddedToken& t) { return t.id == id && t.special; });
+      if (piece.size() < 2 || !(special || (piece.starts_with("<|") && piece.ends_with("|>")))) continue;
+      is_special_[id] = true;
+      token_bytes_[id] = anchor_ = piece;
+      added->emplace_back();
+      added->back().content = piece;
+      added->back().id = id;
+      // In two parts, or the library would find it again.
+      std::vector<TokenId>& spelled = mark_spelled_[id] = EncodeBehindMark(piece.substr(0, 1));
+      const std::vector<TokenId> rest = EncodeBehindMark(piece.substr(1));
+      spelled.insert(spelled.end(), rest.begin(), rest.end());
+    }
+    if (anchor_.empty()) return;
+    mark_prefix_ = EncodeLine(anchor_);
+    if (!mark_prefix_.empty()) mark_prefix_.pop_back();
+  }
+
+  absl::Status BuildTables(const std::vector<AddedToken>& added_tokens,
+                           const std::vector<int>& user_defined) {
     const int pieces = processor_.GetPieceSize();
     token_bytes_.resize(pieces);
     is_special_.resize(pieces);
@@ -128,6 +205,7 @@ class SentencePieceTokenizer : public Tokenizer {
         added.back().id = id;
       }
     }
+    FindMarks(user_defined, added_tokens, &added);
     // tokenizer_config.json lists tokens behind the model's pieces, such as <|im_start|> of a fine-tuned
     // model.
     const int64_t limit = int64_t{pieces} + static_cast<int64_t>(added_tokens.size()) + 4096;
@@ -152,6 +230,9 @@ class SentencePieceTokenizer : public Tokenizer {
 
   sentencepiece::SentencePieceProcessor processor_;
   AddedTokenMatcher matcher_;
+  std::string anchor_;                // one of the marks; empty: there are none
+  std::vector<TokenId> mark_prefix_;  // what the library puts before a mark that begins a text
+  absl::flat_hash_map<TokenId, std::vector<TokenId>> mark_spelled_;  // marks, and each as text
   absl::flat_hash_map<std::string, TokenId> ids_;
   std::vector<std::string> token_bytes_;  // by id
   std::vector<bool> is_special_;          // by id

@@ -55,6 +55,19 @@ absl::StatusOr<std::shared_ptr<const GgufFile>> GgufWithTokenizer(const std::str
 
 }  // namespace
 
+std::vector<TokenId> Tokenizer::EncodeParts(std::span<const PromptPart> parts) const {
+  std::vector<TokenId> ids;
+  for (const PromptPart& part : parts) {
+    if (part.token) {
+      ids.push_back(*part.token);
+      continue;
+    }
+    const std::vector<TokenId> text = Encode(part.text, /*add_special=*/false, /*parse_special=*/false);
+    ids.insert(ids.end(), text.begin(), text.end());
+  }
+  return ids;
+}
+
 std::string Tokenizer::Decode(std::span<const TokenId> ids, bool keep_special) const {
   Detokenizer detokenizer(this, /*continues_text=*/false, keep_special);
   std::string text;

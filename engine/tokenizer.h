@@ -20,6 +20,12 @@ struct SpecialTokens {
   std::vector<TokenId> eos;  // any of these ends a generation
 };
 
+// A token, or text in which nothing is looked for.
+struct PromptPart {
+  std::optional<TokenId> token;
+  std::string text;
+};
+
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
@@ -34,6 +40,9 @@ class Tokenizer {
   // tokens such as
   // <|eot_id|> in the text become their ids — off for text that comes from users.
   virtual std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const = 0;
+
+  // The ids of a prompt that a template made of tokens and texts, as the whole was encoded in training.
+  virtual std::vector<TokenId> EncodeParts(std::span<const PromptPart> parts) const;
 
   // The bytes of one token as they appear in the middle of a text (SentencePiece: "▁the" is " the"); may be
   // part of a UTF-8 sequence. Control tokens (BOS, EOS, <|eot_id|>) are empty unless `keep_special`. Ids out

@@ -97,6 +97,21 @@ absl::Status ReadAddedTokens(const Json& config, const std::string& path, std::v
   return absl::OkStatus();
 }
 
+// Of older models: {"<|im_end|>": 32000}.
+absl::Status ReadOldAddedTokens(const std::string& path, std::vector<AddedToken>* tokens) {
+  absl::StatusOr<Json> json = ReadJsonObject(path);
+  if (!json.ok()) return json.status();
+  for (const auto& [content, id] : json->items()) {
+    if (content.empty() || !id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) {
+      return absl::InvalidArgumentError(absl::StrCat(path, ": must map tokens to ids, see '", content, "'"));
+    }
+    tokens->emplace_back();
+    tokens->back().content = content;
+    tokens->back().id = id.get<TokenId>();
+  }
+  return absl::OkStatus();
+}
+
 std::string ChatTemplateOf(const Json& config) {
   const Json* value = Find(config, "chat_template");
   if (value == nullptr) return "";
@@ -141,6 +156,10 @@ absl::StatusOr<TokenizerConfig> ReadTokenizerConfig(const std::string& model_dir
   config.eos_token = TokenText(*json, "eos_token");
   config.chat_template = ChatTemplateOf(*json);
   if (absl::Status s = ReadAddedTokens(*json, path, &config.added_tokens); !s.ok()) return s;
+  if (config.added_tokens.empty()) {
+    const std::string old = model_dir + "/added_tokens.json";
+    if (absl::Status s = ReadOldAddedTokens(old, &config.old_added_tokens); !s.ok()) return s;
+  }
   // generation_config.json is what a model was released to stop at; config.json only counts where that is
   // silent.
   for (const char* name : {"/generation_config.json", "/config.json"}) {

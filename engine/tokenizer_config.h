@@ -27,7 +27,9 @@ struct TokenizerConfig {
   std::optional<TokenId> bos_token_id;   // generation_config.json, else config.json
   std::vector<TokenId> eos_token_ids;    // the same; one or several
   std::vector<AddedToken> added_tokens;  // added_tokens_decoder
-  std::string chat_template;             // Jinja text, "" if none
+  std::vector<AddedToken>
+      old_added_tokens;       // added_tokens.json, where there are none of those: ids and texts only
+  std::string chat_template;  // Jinja text, "" if none
 };
 
 // Files that are absent say nothing; one that is there and broken is InvalidArgument with its path.

@@ -38,24 +38,21 @@ class Prompt {
 
   std::vector<TokenId> Take() {
     FlushText();
-    return std::move(ids_);
+    return tokenizer_.EncodeParts(parts_);
   }
 
  private:
   void AddId(TokenId id) {
     FlushText();
-    ids_.push_back(id);
+    parts_.push_back({id, ""});
   }
   void FlushText() {
-    if (text_.empty()) return;
-    const std::vector<TokenId> ids = tokenizer_.Encode(text_, /*add_special=*/false, /*parse_special=*/false);
-    ids_.insert(ids_.end(), ids.begin(), ids.end());
-    text_.clear();
+    if (!text_.empty()) parts_.push_back({std::nullopt, std::exchange(text_, "")});
   }
 
   const Tokenizer& tokenizer_;
   std::string text_;
-  std::vector<TokenId> ids_;
+  std::vector<PromptPart> parts_;
 };
 
 std::string Trim(const std::string& text) {

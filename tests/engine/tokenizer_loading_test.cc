@@ -101,6 +101,19 @@ TEST_F(TokenizerLoading, SentencePieceTakesBosAndAddedTokensFromTheConfig) {
   EXPECT_EQ(tokenizer->TokenBytes(6144, false), "");
 }
 
+TEST_F(TokenizerLoading, SentencePieceTakesAddedTokensOfOlderModels) {
+  UseSentencePiece();
+  Write("tokenizer_config.json", R"({"eos_token": "<|end_of_call|>"})");
+  Write("added_tokens.json", R"({"<|call|>": 6144, "<|end_of_call|>": 6145})");
+  auto tokenizer = *LoadTokenizer(directory_, 0);
+  EXPECT_THAT(tokenizer->special().eos, ElementsAre(6145, 2));
+  EXPECT_THAT(tokenizer->Encode("<|call|>", false, true), ElementsAre(6144));
+  EXPECT_EQ(tokenizer->TokenBytes(6144, false), "");
+  Write("added_tokens.json", R"({"<|call|>": "one"})");
+  EXPECT_THAT(std::string(LoadTokenizer(directory_, 0).status().message()),
+              HasSubstr("added_tokens.json: must map tokens to ids, see '<|call|>'"));
+}
+
 TEST_F(TokenizerLoading, BrokenConfigsAreNamed) {
   UseLlama3Json();
   const auto with = [&](const std::string& name, const std::string& text) {
