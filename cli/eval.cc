@@ -295,7 +295,7 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
        "most principal entries per kv head, 0: no cap (default: atp.max_principal_keys)");
   list("--bits", &flags->bits, "per element of principal entries: 16 (as exact ones), 8 or 4 (default: 16)");
   list("--kv-dtype", &flags->kv_dtypes,
-       "element type of the cache: auto, f32, bf16 (default: kv_cache.dtype)");
+       "element type of the cache: auto, f32, bf16, fp8, int8, int4 (default: kv_cache.dtype)");
   list("--baseline", &flags->baselines,
        "how entries are chosen: none (principal keys), recent, attention, unfitted (default: none)");
   eval->add_option("--linear-rank", flags->linear_rank,

@@ -28,7 +28,11 @@ struct GenerateFlags {
   bool chat = false;
   std::optional<int> max_tokens;
   std::optional<uint64_t> seed;
-  SamplingParams sampling;
+  // Not given: the model's.
+  std::optional<float> temperature, top_p, min_p, repetition_penalty;
+  std::optional<int> top_k;
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
 };
 
 class StdoutSink final : public OutputSink {
@@ -67,8 +71,9 @@ absl::Status Run(const GenerateFlags& flags, Config config) {
   if (!chat.ok()) return chat.status();
   absl::StatusOr<std::unique_ptr<BatchingEngine>> engine = MakeEngine(config, &*loaded, nullptr);
   if (!engine.ok()) return engine.status();
-  GenerateService service(engine->get(), loaded->tokenizer.get(), *chat, DescribeModel(config.model, *loaded),
-                          config);
+  absl::StatusOr<ServedModel> model = DescribeModel(config.model, *loaded);
+  if (!model.ok()) return model.status();
+  GenerateService service(engine->get(), loaded->tokenizer.get(), *chat, *model, config);
 
   std::string prompt = flags.prompt ? *flags.prompt : ReadStdin();
   GenerateInput input;
@@ -77,10 +82,18 @@ absl::Status Run(const GenerateFlags& flags, Config config) {
   } else {
     input.prompt = std::move(prompt);
   }
-  input.sampling = flags.sampling;
-  input.sampling.seed = flags.seed;
+  SamplingParams& sampling = input.sampling;
+  sampling = service.model().sampling;
+  sampling.temperature = flags.temperature.value_or(sampling.temperature);
+  sampling.top_k = flags.top_k.value_or(sampling.top_k);
+  sampling.top_p = flags.top_p.value_or(sampling.top_p);
+  sampling.min_p = flags.min_p.value_or(sampling.min_p);
+  sampling.repetition_penalty = flags.repetition_penalty.value_or(sampling.repetition_penalty);
+  sampling.seed = flags.seed;
+  sampling.stop = flags.stop;
+  sampling.ignore_eos = flags.ignore_eos;
   input.max_tokens_given = flags.max_tokens.has_value();
-  if (flags.max_tokens) input.sampling.max_tokens = *flags.max_tokens;
+  if (flags.max_tokens) sampling.max_tokens = *flags.max_tokens;
 
   auto sink = std::make_shared<StdoutSink>();
   absl::StatusOr<Submitted> submitted = service.Generate(std::move(input), sink);
@@ -101,36 +114,37 @@ int Generate(const GenerateFlags& flags) {
 }
 
 void AddSamplingFlags(CLI::App* app, GenerateFlags* flags) {
-  SamplingParams& s = flags->sampling;
   app->add_option("--max-tokens", flags->max_tokens,
                   "length of the answer in tokens (default: as many as fit)")
       ->option_text("TOKENS")
       ->check(CLI::Range(1, 1 << 24));
-  app->add_option("--temperature", s.temperature, "in [0, 100]; 0: always the most likely token (default: 1)")
+  app->add_option("--temperature", flags->temperature,
+                  "in [0, 100]; 0: always the most likely token (default: the model's, or 1)")
       ->option_text("T")
       ->check(CLI::Range(0.0f, 100.0f));
-  app->add_option("--top-k", s.top_k, "draw from the K most likely tokens; 0: all (default: 0)")
+  app->add_option("--top-k", flags->top_k,
+                  "draw from the K most likely tokens; 0: all (default: the model's, or 0)")
       ->option_text("K")
       ->check(CLI::Range(0, 1 << 24));
-  app->add_option("--top-p", s.top_p,
-                  "draw from the most likely tokens that make up P, in (0, 1] (default: 1)")
+  app->add_option("--top-p", flags->top_p,
+                  "draw from the most likely tokens that make up P, in (0, 1] (default: the model's, or 1)")
       ->option_text("P")
       ->check(CLI::Range(0.0001f, 1.0f));
-  app->add_option("--min-p", s.min_p,
-                  "no token less likely than P times the most likely, in [0, 1] (default: 0)")
+  app->add_option("--min-p", flags->min_p,
+                  "no token less likely than P times the most likely, in [0, 1] (default: the model's, or 0)")
       ->option_text("P")
       ->check(CLI::Range(0.0f, 1.0f));
-  app->add_option("--repetition-penalty", s.repetition_penalty,
-                  "above 1: repeat less, in (0, 100] (default: 1)")
+  app->add_option("--repetition-penalty", flags->repetition_penalty,
+                  "above 1: repeat less, in (0, 100] (default: the model's, or 1)")
       ->option_text("R")
       ->check(CLI::Range(0.0001f, 100.0f));
   app->add_option("--seed", flags->seed, "same seed, same answer (default: drawn)")->option_text("N");
-  app->add_option("--stop", s.stop, "text that ends the answer; repeatable (default: none)")
+  app->add_option("--stop", flags->stop, "text that ends the answer; repeatable (default: none)")
       ->option_text("TEXT")
       ->expected(1)
       ->allow_extra_args(false)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app->add_flag("--ignore-eos", s.ignore_eos, "go on after the end-of-sequence token (default: off)");
+  app->add_flag("--ignore-eos", flags->ignore_eos, "go on after the end-of-sequence token (default: off)");
 }
 
 }  // namespace

@@ -88,9 +88,15 @@ absl::Status Server::Load() {
   absl::StatusOr<std::unique_ptr<BatchingEngine>> engine = MakeEngine(config_, &loaded_, &metrics_);
   if (!engine.ok()) return engine.status();
   engine_ = *std::move(engine);
-  const ServedModel model = DescribeModel(config_.model, loaded_);
-  LogStart(model.id, config_.model.path, loaded_, *engine_);
-  service_.emplace(engine_.get(), loaded_.tokenizer.get(), *chat, model, config_);
+  absl::StatusOr<ServedModel> model = DescribeModel(config_.model, loaded_);
+  if (!model.ok()) return model.status();
+  LogStart(model->id, config_.model.path, loaded_, *engine_);
+  spdlog::info(
+      "temperature={:g} top_k={} top_p={:g} min_p={:g} repetition_penalty={:g} "
+      "of=requests_that_say_nothing change_with=model.generation_config",
+      model->sampling.temperature, model->sampling.top_k, model->sampling.top_p, model->sampling.min_p,
+      model->sampling.repetition_penalty);
+  service_.emplace(engine_.get(), loaded_.tokenizer.get(), *chat, *model, config_);
   return absl::OkStatus();
 }
 

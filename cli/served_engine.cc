@@ -239,13 +239,21 @@ std::string ServedName(const ModelConfig& config) {
 
 }  // namespace
 
-ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded) {
+absl::StatusOr<ServedModel> DescribeModel(const ModelConfig& config, const LoadedModel& loaded) {
   ServedModel model;
   model.id = ServedName(config);
   model.created_unix_seconds = absl::ToUnixSeconds(absl::Now());
   model.max_context_tokens = loaded.max_context_tokens;
   model.vocab_size = static_cast<int>(loaded.model->config().vocab_size);
   model.device = loaded.backend->Description();
+  if (config.generation_config == "auto") {
+    const absl::StatusOr<SamplingParams>& sampling = loaded.model->config().sampling;
+    if (!sampling.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          sampling.status().message(), "; correct it, or leave it out with model.generation_config=ignore"));
+    }
+    model.sampling = *sampling;
+  }
   return model;
 }
 

@@ -60,7 +60,8 @@ void LogStart(const std::string& name, const std::string& model_dir, const Loade
               const BatchingEngine& engine);
 
 // The model as clients see it; its id is model.name, or the directory's name.
-ServedModel DescribeModel(const ModelConfig& config, const LoadedModel& loaded);
+// InvalidArgument where the model's own sampling defaults are wanted and wrong.
+absl::StatusOr<ServedModel> DescribeModel(const ModelConfig& config, const LoadedModel& loaded);
 // model.chat_template; auto: from the model's own template.
 absl::StatusOr<ChatTemplate> LoadChatTemplate(const ModelConfig& config);
 

@@ -12,11 +12,12 @@
 namespace atp {
 
 struct ModelConfig {
-  std::string path = "models/default";   // a Hugging Face directory, a GGUF file, or a directory with one
-  std::string name;                      // served model name; empty: the directory's or file's name
-  std::string weight_dtype = "auto";     // auto (as stored) | f32 | bf16 | q8 | q4
-  std::string activation_dtype = "f32";  // f32 | bf16: what products with bf16 weights round activations to
-  std::string chat_template = "auto";    // auto | llama-2 | llama-3 | chatml | mistral | plain
+  std::string path = "models/default";     // a Hugging Face directory, a GGUF file, or a directory with one
+  std::string name;                        // served model name; empty: the directory's or file's name
+  std::string weight_dtype = "auto";       // auto (as stored) | f32 | bf16 | q8 | q4
+  std::string activation_dtype = "f32";    // f32 | bf16: what products with bf16 weights round activations to
+  std::string chat_template = "auto";      // auto | llama-2 | llama-3 | chatml | mistral | plain
+  std::string generation_config = "auto";  // auto (sampling defaults of the model) | ignore
 };
 
 struct BackendConfig {
@@ -37,7 +38,7 @@ struct KvCacheConfig {
   int64_t memory_bytes = 0;      // 0: memory_fraction of what the cgroup leaves after the weights
   double memory_fraction = 0.5;  // (0, 0.95]
   int block_tokens = 16;         // a multiple of 16
-  std::string dtype = "auto";    // auto (bf16 where the weights are 16-bit, else f32) | f32 | bf16
+  std::string dtype = "auto";    // auto (bf16 where the weights are 16-bit, else f32) | f32 | bf16 | fp8 …
   bool prefix_cache = true;
 };
 

@@ -42,6 +42,12 @@ std::vector<Setting> MakeTable() {
        .member = ATP_MEMBER(String, model.chat_template),
        .meaning = "how chat messages become a prompt; auto: from the template in the model's files",
        .choices = {"auto", "llama-2", "llama-3", "chatml", "mistral", "plain"}},
+      {.key = "model.generation_config",
+       .member = ATP_MEMBER(String, model.generation_config),
+       .meaning = "sampling parameters that a request does not bring; auto: those of the model's "
+                  "generation_config.json or GGUF file (temperature, top_k, top_p, min_p, "
+                  "repetition_penalty), else the API's; ignore: the API's",
+       .choices = {"auto", "ignore"}},
 
       {.key = "backend.device",
        .member = ATP_MEMBER(String, backend.device),

@@ -175,6 +175,11 @@ absl::StatusOr<RequestId> BatchingEngine::Submit(Request request, std::shared_pt
   return queue_.Push(std::move(request), std::move(sink), *std::move(plan));
 }
 
+int BatchingEngine::MaxNewTokens(int prompt_tokens, const std::optional<CompressionOverride>& compression) {
+  const absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan = plans_.For(compression);
+  return scheduler_.LargestFit(prompt_tokens, plan.ok() ? plan->get() : nullptr);
+}
+
 EngineStats BatchingEngine::Stats() const {
   EngineStats stats;
   stats.requests_waiting = queue_.waiting();
@@ -245,6 +250,7 @@ void BatchingEngine::Start(Submission submission) {
 void BatchingEngine::Step() {
   const absl::Time begin = absl::Now();
   const Batch& batch = scheduler_.Schedule(begin);
+  PublishStats();
   EmitFinished();  // whose deadline has passed
   if (batch.empty()) return;
   NoteStarted(batch, begin);
@@ -336,8 +342,10 @@ void BatchingEngine::Fail(const absl::Status& status) {
 }
 
 void BatchingEngine::EmitFinished(const std::string& error) {
+  const auto& finished = scheduler_.TakeFinished();
+  if (finished.empty()) return;
   PublishStats();  // before the callers hear of it, so that the blocks they waited for are seen to be free
-  for (const std::unique_ptr<Sequence>& sequence : scheduler_.TakeFinished()) {
+  for (const std::unique_ptr<Sequence>& sequence : finished) {
     const FinishReason reason = sequence->finish_reason();
     std::string message;
     if (reason == FinishReason::kShutdown) message = "the server shut down before the answer was whole";

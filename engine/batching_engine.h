@@ -54,6 +54,7 @@ class BatchingEngine : public Engine {
   ~BatchingEngine() override;
 
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) override;
+  int MaxNewTokens(int prompt_tokens, const std::optional<CompressionOverride>& compression) override;
   void Cancel(RequestId id) override { queue_.Cancel(id); }
   absl::Status Drain(absl::Duration timeout) override { return queue_.Drain(timeout); }
   EngineStats Stats() const override;
@@ -93,8 +94,9 @@ class BatchingEngine : public Engine {
   const KvCache kv_cache_;
   CompressionPlans plans_;  // used by front ends' threads
 
-  RequestQueue queue_;   // shared with front ends' threads
-  Scheduler scheduler_;  // CheckFits and MaxNewTokens from any thread, the rest is the engine thread's
+  RequestQueue queue_;  // shared with front ends' threads
+  Scheduler
+      scheduler_;  // CheckFits, LargestFit and MaxNewTokens from any thread, the rest is the engine thread's
   SampleRows sample_rows_;
   std::vector<std::optional<Sampled>>
       sampled_;                  // [entries] of the step; none where the entry does not sample

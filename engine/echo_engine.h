@@ -4,8 +4,10 @@
 #ifndef ATP_ENGINE_ECHO_ENGINE_H_
 #define ATP_ENGINE_ECHO_ENGINE_H_
 
+#include <algorithm>
 #include <list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +36,9 @@ class EchoEngine : public Engine {
   ~EchoEngine() override;
 
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) override;
+  int MaxNewTokens(int prompt_tokens, const std::optional<CompressionOverride>&) override {
+    return std::max(0, options_.max_positions - prompt_tokens);
+  }
   void Cancel(RequestId id) override { queue_.Cancel(id); }
   absl::Status Drain(absl::Duration timeout) override { return queue_.Drain(timeout); }
   EngineStats Stats() const override;  // a KV cache it has none of

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "absl/status/status.h"
@@ -78,6 +79,10 @@ class Engine {
   //   ResourceExhausted  the waiting queue is full; try again later (RetryAfter)
   //   Unavailable        draining or stopped
   virtual absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) = 0;
+
+  // Thread-safe. The most new tokens after such a prompt that Submit does not refuse, from the cache's size
+  // and the model's positions; where none fits, what the positions leave: Submit says why it refuses.
+  virtual int MaxNewTokens(int prompt_tokens, const std::optional<CompressionOverride>& compression) = 0;
 
   // Thread-safe, any state, unknown ids are fine. The request ends with kCancelled and its blocks are free
   // within a step.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -10,6 +11,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "engine/safetensors_header.h"
+#include "engine/sampler.h"
 
 namespace atp {
 namespace {
@@ -168,6 +170,24 @@ void ReadVocabulary(const GgufFile& file, Metadata& metadata, LlamaConfig& confi
   if (!tokenizer.status().ok()) metadata.Keep(tokenizer.status());
 }
 
+// llama.cpp's names for what generation_config.json has.
+absl::StatusOr<SamplingParams> ReadSampling(const GgufFile& file, int64_t vocab_size) {
+  constexpr double kMax = std::numeric_limits<float>::max();
+  Metadata keys(file, kGgufSampling);
+  SamplingParams sampling;
+  sampling.temperature = static_cast<float>(keys.Number("temp", -kMax, kMax, sampling.temperature));
+  sampling.top_p = static_cast<float>(keys.Number("top_p", -kMax, kMax, sampling.top_p));
+  sampling.min_p = static_cast<float>(keys.Number("min_p", -kMax, kMax, sampling.min_p));
+  sampling.repetition_penalty =
+      static_cast<float>(keys.Number("penalty_repeat", -kMax, kMax, sampling.repetition_penalty));
+  const int64_t top_k = keys.Int("top_k", -1, std::numeric_limits<int>::max(), sampling.top_k);
+  sampling.top_k = static_cast<int>(std::max<int64_t>(0, top_k));
+  const absl::Status valid = ValidateSampling(sampling, static_cast<int>(vocab_size));
+  if (!valid.ok()) keys.Keep(absl::InvalidArgumentError(absl::StrCat(file.source(), ": ", valid.message())));
+  if (!keys.status().ok()) return keys.status();
+  return sampling;
+}
+
 }  // namespace
 
 absl::StatusOr<LlamaConfig> GgufLlamaConfig(const GgufFile& file) {
@@ -192,6 +212,7 @@ absl::StatusOr<LlamaConfig> GgufLlamaConfig(const GgufFile& file) {
   ReadHeads(metadata, config);
   RefuseOthers(file, metadata);
   ReadVocabulary(file, metadata, config);
+  config.sampling = ReadSampling(file, config.vocab_size);
   config.tied_embeddings = file.FindTensor("output.weight") == nullptr;
   config.qkv_bias = file.FindTensor("blk.0.attn_q.bias") != nullptr;
   config.output_bias = file.FindTensor("blk.0.attn_output.bias") != nullptr;

@@ -11,6 +11,8 @@
 
 namespace atp {
 
+inline constexpr char kGgufSampling[] = "general.sampling.";  // prefix of keys for LlamaConfig::sampling
+
 // Architectures llama (Mistral is one) and qwen2. Biases and tied embeddings are what the tensors say.
 // InvalidArgument is one line: file, key, expected, found.
 absl::StatusOr<LlamaConfig> GgufLlamaConfig(const GgufFile& file);

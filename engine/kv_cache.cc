@@ -79,7 +79,7 @@ absl::StatusOr<KvCache> KvCache::Create(Backend* backend, const Shape& shape, si
     return absl::UnimplementedError(
         absl::StrCat("the backend (", backend->Description(), ") has no KV cache of format ",
                      std::string(Name(shape.format)), " with head_dim ", shape.head_dim, " and blocks of ",
-                     shape.block_tokens, " tokens; set kv_cache.format or block_tokens"));
+                     shape.block_tokens, " tokens; set kv_cache.dtype or block_tokens"));
   }
   KvCache cache(shape);
   const size_t block_bytes = cache.block_bytes_;

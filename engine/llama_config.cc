@@ -19,6 +19,7 @@
 #include "engine/gguf.h"
 #include "engine/gguf_config.h"
 #include "engine/model_path.h"
+#include "engine/sampler.h"
 
 namespace atp {
 namespace {
@@ -333,6 +334,33 @@ absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::s
   return config;
 }
 
+namespace {
+
+// What vLLM takes from there, too. do_sample is not among it: that a model's authors had it greedy does not
+// turn off the temperature that a client asks for.
+absl::StatusOr<SamplingParams> ReadSampling(const Json& document, const std::string& path,
+                                            int64_t vocab_size) {
+  absl::Status status;
+  Fields fields(document, path, &status);
+  SamplingParams sampling;
+  constexpr double kMax = std::numeric_limits<float>::max();
+  const auto read = [&](const char* key, float* value) {
+    *value = static_cast<float>(fields.Number(key, -kMax, kMax, *value));
+  };
+  read("temperature", &sampling.temperature);
+  read("top_p", &sampling.top_p);
+  read("min_p", &sampling.min_p);
+  read("repetition_penalty", &sampling.repetition_penalty);
+  const int64_t top_k = fields.Int("top_k", -1, std::numeric_limits<int>::max(), sampling.top_k);
+  sampling.top_k = static_cast<int>(std::max<int64_t>(0, top_k));  // -1 is vLLM's way to say off
+  const absl::Status valid = ValidateSampling(sampling, static_cast<int>(vocab_size));
+  if (!valid.ok()) fields.Fail(valid.message());
+  if (!status.ok()) return status;
+  return sampling;
+}
+
+}  // namespace
+
 absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model) {
   absl::StatusOr<std::string> gguf = FindGguf(model);
   if (!gguf.ok()) return gguf.status();
@@ -358,6 +386,7 @@ absl::StatusOr<LlamaConfig> LoadLlamaConfig(const std::string& model) {
   Fields fields(*document, generation_path, &status);
   AddEosIds(fields, config->vocab_size, config->eos_token_ids);
   if (!status.ok()) return status;
+  config->sampling = ReadSampling(*document, generation_path, config->vocab_size);
   return config;
 }
 

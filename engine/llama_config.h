@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "engine/request.h"
 
 namespace atp {
 
@@ -41,6 +42,9 @@ struct LlamaConfig {
   std::vector<float> inverse_frequency;  // [head_dim / 2], rope_scaling applied (llama3, linear)
   std::vector<int32_t> eos_token_ids;
   int32_t bos_token_id = -1;  // -1: none
+  // What a request begins from: temperature, top_k, top_p, min_p and repetition_penalty as
+  // generation_config.json has them, the rest as it is. Or what is wrong there, for who needs it.
+  absl::StatusOr<SamplingParams> sampling = SamplingParams();
 };
 
 // Architectures served, for the error of one that is not and for the documentation.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "engine/compression_budgets.h"
 #include "engine/gguf.h"
 #include "engine/gguf_config.h"
 #include "engine/gguf_writer.h"
@@ -120,13 +121,22 @@ void AddConfig(const LlamaConfig& config, GgufWriter* writer) {
   for (size_t i = 0; i < config.eos_token_ids.size() && i < std::size(ends); ++i) {
     writer->AddInt(absl::StrCat("tokenizer.ggml.", ends[i]), config.eos_token_ids[i]);
   }
+  const SamplingParams usual, sampling = config.sampling.value_or(usual);
+  const auto add_sampling = [&](absl::string_view name, float value, float unless) {
+    if (value != unless) writer->AddNumber(absl::StrCat(kGgufSampling, name), value);
+  };
+  add_sampling("temp", sampling.temperature, usual.temperature);
+  add_sampling("top_p", sampling.top_p, usual.top_p);
+  add_sampling("min_p", sampling.min_p, usual.min_p);
+  add_sampling("penalty_repeat", sampling.repetition_penalty, usual.repetition_penalty);
+  if (sampling.top_k != usual.top_k) writer->AddInt(absl::StrCat(kGgufSampling, "top_k"), sampling.top_k);
   AddFrequencies(config, architecture, writer);
 }
 
 absl::Status CopyBeside(const std::string& in, const std::string& out) {
   for (const char* name :
        {"config.json", "generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-        "special_tokens_map.json", "chat_template.jinja", "atp_budgets.json"}) {
+        "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "atp_budgets.json"}) {
     std::error_code error;
     const fs::path from = fs::path(in) / name;
     if (!fs::exists(from, error)) continue;
@@ -155,6 +165,14 @@ absl::Status QuantizeGguf(const std::string& path, const std::string& out, Writi
   return writer.Write(out);
 }
 
+absl::Status MakeDirectoryOf(const std::string& in, const std::string& out) {
+  std::error_code error;
+  if (!fs::create_directory(out, error)) {
+    return absl::FailedPreconditionError(absl::StrCat(out, ": cannot be made: ", error.message()));
+  }
+  return CopyBeside(in, out);
+}
+
 absl::Status QuantizeDirectory(const std::string& in, const std::string& out, Writing* writing) {
   const absl::StatusOr<LlamaConfig> config = LoadLlamaConfig(in);
   if (!config.ok()) return config.status();
@@ -169,11 +187,7 @@ absl::Status QuantizeDirectory(const std::string& in, const std::string& out, Wr
     AddTensor(GgufTensorName(stored.name), *stored.dtype, stored.shape, stored.data,
               HasInterleavedRows(*config) ? tensor.rotary_head_dim : 0, writing, &writer);
   }
-  std::error_code error;
-  if (!fs::create_directory(out, error)) {
-    return absl::FailedPreconditionError(absl::StrCat(out, ": cannot be made: ", error.message()));
-  }
-  if (absl::Status copied = CopyBeside(in, out); !copied.ok()) return copied;
+  if (absl::Status made = MakeDirectoryOf(in, out); !made.ok()) return made;
   return writer.Write(out + "/model.gguf");
 }
 
@@ -188,7 +202,17 @@ absl::Status QuantizeModel(const std::string& in, const std::string& out, DType 
   const absl::StatusOr<std::string> gguf = FindGguf(in);
   if (!gguf.ok()) return gguf.status();
   Writing writing{dtype, progress};
-  return gguf->empty() ? QuantizeDirectory(in, out, &writing) : QuantizeGguf(*gguf, out, &writing);
+  if (gguf->empty()) return QuantizeDirectory(in, out, &writing);
+  if (!fs::is_directory(in, ignored)) {
+    const absl::Status written = QuantizeGguf(*gguf, out, &writing);
+    const std::string budgets = absl::StrCat(".", std::string(kBudgetsFileName));
+    if (written.ok() && fs::exists(in + budgets, ignored))
+      fs::copy_file(in + budgets, out + budgets, ignored);
+    return written;
+  }
+  // A directory with a GGUF file: what lies beside it goes along.
+  if (absl::Status made = MakeDirectoryOf(in, out); !made.ok()) return made;
+  return QuantizeGguf(*gguf, out + "/model.gguf", &writing);
 }
 
 }  // namespace atp

@@ -10,11 +10,11 @@
 
 namespace atp {
 
-// `in` is a GGUF file (or a directory with one): `out` becomes a GGUF file with the same metadata, tokenizer
-// included. `in` is a Hugging Face directory: `out` becomes a directory of a GGUF file, model.gguf, without a
-// tokenizer, and copies of the tokenizer's and generation's files, from which both come. Matrices become
-// `dtype` as in LoadLlamaWeights(), norms and biases F32. InvalidArgument where `in` is broken,
-// FailedPrecondition where `out` is there already or cannot be written.
+// `in` is a GGUF file: `out` becomes one with the same metadata, tokenizer included. `in` is a directory, of
+// Hugging Face or with one GGUF file: `out` becomes a directory of a GGUF file, model.gguf, and copies of the
+// tokenizer's and generation's files. Compression budgets beside `in` go along. Matrices become `dtype` as in
+// LoadLlamaWeights(), norms and biases F32. InvalidArgument where `in` is broken, FailedPrecondition where
+// `out` is there already or cannot be written.
 absl::Status QuantizeModel(const std::string& in, const std::string& out, DType dtype,
                            const std::function<void(size_t done, size_t total)>& progress);
 

@@ -12,6 +12,8 @@ namespace {
 constexpr int kMaxStops =
     64;  // the configured limit (limits.max_stop_strings) and a chat template's are checked before
 constexpr size_t kMaxStopBytes = 1024;
+// Of logit_bias and of stop_token_ids: each answer has a copy, and goes through it for each token.
+constexpr size_t kMaxListedTokens = 1024;
 constexpr int kMaxAnswers = 128;
 
 }  // namespace
@@ -138,6 +140,12 @@ absl::Status ValidateSampling(const SamplingParams& params, int vocab_size) {
   if (params.min_tokens < 0 || params.min_tokens > params.max_tokens) {
     return error("min_tokens is ", params.min_tokens, "; it must be between 0 and max_tokens, which is ",
                  params.max_tokens);
+  }
+  const std::pair<const char*, size_t> lists[] = {{"logit_bias", params.logit_bias.size()},
+                                                  {"stop_token_ids", params.stop_token_ids.size()}};
+  for (const auto& [field, size] : lists) {
+    if (size > kMaxListedTokens)
+      return error(field, " has ", size, " tokens; at most ", kMaxListedTokens, " are allowed");
   }
   for (const auto& [token, bias] : params.logit_bias) {
     if (absl::Status s = token_in_range("logit_bias", token); !s.ok()) return s;

@@ -64,6 +64,18 @@ absl::Status Scheduler::CheckFits(int prompt_tokens, int max_tokens, const Compr
   return absl::OkStatus();
 }
 
+int Scheduler::LargestFit(int prompt_tokens, const CompressionPlan* plan) const {
+  const int room = std::max(0, options_.max_positions - prompt_tokens);
+  const auto fits = [&](int tokens) { return CheckFits(prompt_tokens, tokens, plan).ok(); };
+  if (room < 2 || fits(room) || !fits(1)) return room;
+  int some = 1, none = room;  // the first fits, the second does not
+  while (none - some > 1) {
+    const int middle = some + (none - some) / 2;
+    (fits(middle) ? some : none) = middle;
+  }
+  return some;
+}
+
 absl::Status Scheduler::Admit(std::unique_ptr<Sequence> sequence) {
   if (sequence->prompt_tokens() == 0) return absl::InvalidArgumentError("the prompt is empty");
   const absl::Status fits =

@@ -66,6 +66,9 @@ class Scheduler {
   // InvalidArgument, with the numbers, when such a request could never be served whole. Reads constants only:
   // any thread.
   absl::Status CheckFits(int prompt_tokens, int max_tokens, const CompressionPlan* plan = nullptr) const;
+  // The largest max_tokens that CheckFits() accepts, as far as longer answers need no fewer blocks (a first
+  // segment that closes may free some); where none fits, what the positions leave.
+  int LargestFit(int prompt_tokens, const CompressionPlan* plan = nullptr) const;
   // `max_tokens` cut to what the positions leave behind the prompt. Any thread.
   int MaxNewTokens(int prompt_tokens, int max_tokens) const;
 

@@ -11,8 +11,8 @@
 namespace atp {
 namespace {
 
-// Of one stream, not yet written. The write time limit ends a slow client long before; this bound holds
-// whatever the limits and the model's pace.
+// Of one stream, not yet written, beside its prompts. The write time limit ends a slow client long before;
+// this bound holds whatever the limits and the model's pace.
 constexpr size_t kMaxPendingBytes = 4 << 20;
 
 // What an end other than stop and length means to an HTTP client.
@@ -121,13 +121,15 @@ void CompletionAnswer::MarkDirty(int index) {
   dirty_.push_back(index);
 }
 
+bool CompletionAnswer::TooManyPending() const { return pending_bytes_ > kMaxPendingBytes + prompt_bytes_; }
+
 void CompletionAnswer::OnDelta(int prompt, OutputDelta delta) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const int index = prompt * answers_per_prompt_ + delta.index;
-    if (pending_bytes_ <= kMaxPendingBytes ||
-        !stream_) {  // beyond: the stream is lost, and keeps nothing more
+    if (!TooManyPending() || !stream_) {  // else the stream is lost, and keeps nothing more
       pending_bytes_ += SizeOf(delta);
+      if (delta.is_prompt) prompt_bytes_ += SizeOf(delta);
       ChoicePiece& pending = choices_[index].pending;
       pending.text += delta.text;
       std::move(delta.logprobs.begin(), delta.logprobs.end(), std::back_inserter(pending.logprobs));
@@ -215,7 +217,7 @@ AnswerPiece CompletionAnswer::NextOfStream() {
   bool ended = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (pending_bytes_ > kMaxPendingBytes) {
+    if (TooManyPending()) {
       piece.kind = AnswerPiece::kTooSlow;
       return piece;
     }

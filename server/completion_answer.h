@@ -50,7 +50,8 @@ class CompletionAnswer final : public PendingAnswer, public std::enable_shared_f
   absl::Status Submit(CompletionCall call, const std::string& request_id, absl::Time deadline);
   void OnDelta(int prompt, OutputDelta delta);
   void OnFinish(int prompt, OutputFinish finish);
-  void MarkDirty(int index);  // with mutex_ held
+  bool TooManyPending() const;  // this and the next with mutex_ held
+  void MarkDirty(int index);
   AnswerPiece Failure(const absl::Status& failure, std::string unsent);
   // last: what the stream's last chunk says besides; null: another one is.
   void RenderPiece(ChoicePiece piece, const CompressionUsage* last, std::string* stream);
@@ -71,6 +72,7 @@ class CompletionAnswer final : public PendingAnswer, public std::enable_shared_f
   std::vector<int> dirty_;  // choices with something pending
   size_t unfinished_ = 0;
   size_t pending_bytes_ = 0;
+  size_t prompt_bytes_ = 0;  // of echoed prompts: they come at once, however fast the client reads
   absl::Status failure_;
   Usage usage_;
 };

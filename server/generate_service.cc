@@ -106,10 +106,7 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   if (!prompt.ok()) return prompt.status();
   request.prompt = *std::move(prompt);
   const int prompt_tokens = static_cast<int>(request.prompt.size());
-  if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input.max_tokens_given, &request.sampling);
-      !s.ok()) {
-    return s;
-  }
+  if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input, &request.sampling); !s.ok()) return s;
   if (is_chat) AddTemplateStops(&request.sampling);  // after the limits, which are for what the client sent
   if (absl::Status s = CheckSampling(request.sampling, model_.vocab_size); !s.ok()) return s;
 
@@ -159,19 +156,18 @@ void GenerateService::AddTemplateStops(SamplingParams* sampling) const {
   }
 }
 
-absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, bool max_tokens_given,
+absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, const GenerateInput& input,
                                            SamplingParams* sampling) const {
   const int room = model_.max_context_tokens - prompt_tokens;
-  if (room < 0 || (room == 0 && !(max_tokens_given && sampling->max_tokens == 0))) {
+  if (room < 0 || (room == 0 && !(input.max_tokens_given && sampling->max_tokens == 0))) {
     return absl::InvalidArgumentError(absl::StrCat(
         is_chat ? "messages" : "prompt", ": has ", prompt_tokens, " tokens, but the model's context is ",
         model_.max_context_tokens, " tokens for prompt and answer together; shorten it"));
   }
-  if (max_tokens_given) return absl::OkStatus();
+  if (input.max_tokens_given) return absl::OkStatus();
   // An answer that nobody limited must not be refused because the cache is smaller than the model's context.
-  const int64_t cache_room = engine_->Stats().kv_tokens_capacity - prompt_tokens;
-  const int64_t fits = cache_room > 0 ? std::min<int64_t>(room, cache_room) : room;
-  sampling->max_tokens = static_cast<int>(fits);
+  const int fits = std::min(room, engine_->MaxNewTokens(prompt_tokens, input.compression));
+  sampling->max_tokens = fits;
   if (sampling->min_tokens > sampling->max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("min_tokens: ", sampling->min_tokens,
                                                    " do not fit: after a prompt of ", prompt_tokens,

@@ -28,7 +28,8 @@ struct ServedModel {
   int64_t created_unix_seconds = 0;
   int max_context_tokens = 0;
   int vocab_size = 0;
-  std::string device;  // Backend::Description()
+  std::string device;       // Backend::Description()
+  SamplingParams sampling;  // what requests begin from; the front ends put in what a client sends
 };
 
 // Text, token ids, or a conversation that the model's chat template turns into a prompt.
@@ -90,7 +91,7 @@ class GenerateService {
   void AddTemplateStops(SamplingParams* sampling) const;
   // Refuses a prompt that leaves no room for an answer, and sets max_tokens to what fits where it was not
   // given.
-  absl::Status FitMaxTokens(int prompt_tokens, bool is_chat, bool max_tokens_given,
+  absl::Status FitMaxTokens(int prompt_tokens, bool is_chat, const GenerateInput& input,
                             SamplingParams* sampling) const;
 
   Engine* engine_;

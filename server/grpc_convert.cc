@@ -8,8 +8,7 @@
 namespace atp {
 namespace {
 
-SamplingParams SamplingFromProto(const v1::SamplingParams& in) {
-  SamplingParams out;
+SamplingParams SamplingFromProto(const v1::SamplingParams& in, SamplingParams out) {
   if (in.has_temperature()) out.temperature = in.temperature();
   if (in.has_top_k()) out.top_k = in.top_k();
   if (in.has_top_p()) out.top_p = in.top_p();
@@ -52,7 +51,7 @@ void FillLogprob(const TokenLogprob& in, const Tokenizer& tokenizer, v1::TokenLo
 
 }  // namespace
 
-absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request) {
+absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request, const SamplingParams& defaults) {
   GenerateInput input;
   switch (request.input_case()) {
     case v1::GenerateRequest::kPrompt:
@@ -77,7 +76,7 @@ absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request) {
       return absl::InvalidArgumentError("prompt: one of prompt, prompt_tokens and chat must be set");
   }
   input.model = request.model();
-  input.sampling = SamplingFromProto(request.sampling());
+  input.sampling = SamplingFromProto(request.sampling(), defaults);
   input.max_tokens_given = request.sampling().has_max_tokens();
   input.echo = request.sampling().echo();
   input.priority = request.priority();

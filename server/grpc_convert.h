@@ -18,7 +18,7 @@ class Usage;
 }  // namespace v1
 
 // InvalidArgument naming the field when there is no input. Values are checked later, by GenerateService.
-absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request);
+absl::StatusOr<GenerateInput> FromProto(const v1::GenerateRequest& request, const SamplingParams& defaults);
 
 // Appends a piece of an answer; choice->index is left alone. Returns about how many bytes the message grew
 // by.

@@ -27,7 +27,7 @@ constexpr size_t kMaxWaitingBytes = 4 << 20;   // of one stream; beyond, its cli
 absl::StatusOr<Submitted> Submit(const GrpcCall& call, const GenerateRequest& request,
                                  std::shared_ptr<OutputSink> sink) {
   if (absl::Status s = call.Authorize(); !s.ok()) return s;
-  absl::StatusOr<GenerateInput> input = FromProto(request);
+  absl::StatusOr<GenerateInput> input = FromProto(request, call.service().model().sampling);
   if (!input.ok()) return input.status();
   input->deadline = call.deadline();
   input->external_id = call.request_id();
@@ -146,6 +146,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
     const size_t bytes = AppendDelta(delta, call_.service().tokenizer(), piece->message.mutable_choice());
     piece->bytes += bytes;
     waiting_bytes_ += bytes;
+    if (delta.is_prompt) prompt_bytes_ += bytes;  // comes at once, however fast the client reads
     CutOffSlowClientLocked();
     WriteNextLocked();
   }
@@ -252,7 +253,8 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
 
   void CutOffSlowClientLocked() {
     const bool is_stuck = write_in_flight_ && absl::Now() - write_start_ > write_timeout_;
-    if (is_stuck || waiting_bytes_ > kMaxWaitingBytes) context_->TryCancel();  // OnCancel does the rest
+    if (is_stuck || waiting_bytes_ > kMaxWaitingBytes + prompt_bytes_)
+      context_->TryCancel();  // OnCancel does the rest
   }
 
   void WriteNextLocked() {
@@ -283,6 +285,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   std::mutex mutex_;  // guards all below, and must be held by …Locked() and PieceFor()
   std::deque<Piece> pieces_;
   size_t waiting_bytes_ = 0;
+  size_t prompt_bytes_ = 0;         // of echoed prompts
   GenerateStreamResponse writing_;  // gRPC reads it until OnWriteDone
   bool write_in_flight_ = false;
   absl::Time write_start_;

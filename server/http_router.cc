@@ -227,11 +227,13 @@ HttpRouter::Answer HttpRouter::Model(const Call& call) const {
 }
 
 HttpRouter::Answer HttpRouter::Completions(const Call& call) const {
-  return Complete(call, ParseCompletionCall(call.request.body, call.service->config().limits));
+  return Complete(call, ParseCompletionCall(call.request.body, call.service->config().limits,
+                                            call.service->model().sampling));
 }
 
 HttpRouter::Answer HttpRouter::ChatCompletions(const Call& call) const {
-  return Complete(call, ParseChatCall(call.request.body, call.service->config().limits));
+  return Complete(
+      call, ParseChatCall(call.request.body, call.service->config().limits, call.service->model().sampling));
 }
 
 HttpRouter::Answer HttpRouter::Complete(const Call& call, absl::StatusOr<CompletionCall> parsed) const {

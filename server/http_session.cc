@@ -383,7 +383,8 @@ std::string HttpSession::Head(const HttpResponse& response, bool stream) {
   status_ = response.status;
   HttpBodyEnd end = HttpBodyEnd::kLength;
   if (stream) end = http11_ ? HttpBodyEnd::kChunked : HttpBodyEnd::kClose;
-  if (owner_.draining() || end == HttpBodyEnd::kClose) keep_alive_ = false;
+  // 503: who asks again should do so on a new connection, which may lead to another server.
+  if (owner_.draining() || end == HttpBodyEnd::kClose || status_ == 503) keep_alive_ = false;
   return RenderHead(response, headers_, end, keep_alive_, http11_);
 }
 

@@ -38,8 +38,11 @@ struct CompletionCall {
   bool include_usage = false;  // stream_options.include_usage
 };
 
-absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view body, const LimitsConfig& limits);
-absl::StatusOr<CompletionCall> ParseChatCall(std::string_view body, const LimitsConfig& limits);
+// `defaults`: sampling parameters that the body does not have.
+absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view body, const LimitsConfig& limits,
+                                                   const SamplingParams& defaults = {});
+absl::StatusOr<CompletionCall> ParseChatCall(std::string_view body, const LimitsConfig& limits,
+                                             const SamplingParams& defaults = {});
 
 // The body of /tokenize: {"prompt"} (vLLM), {"messages"} (vLLM) or {"content"} (llama-server).
 struct TokenizeCall {

@@ -197,12 +197,14 @@ void ReadGenerationPrompt(const JsonObject& body, bool* add_generation_prompt) {
 
 }  // namespace
 
-absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view text, const LimitsConfig& limits) {
+absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view text, const LimitsConfig& limits,
+                                                   const SamplingParams& defaults) {
   absl::StatusOr<json> parsed = ParseJsonObject(text);
   if (!parsed.ok()) return parsed.status();
   absl::Status status;
   const JsonObject body(&*parsed, &status);
   CompletionCall call;
+  call.sampling = defaults;
   ReadCommon(body, &status, limits, &call);
   ReadPrompts(body, limits, &call);
   body.Read("echo", &call.echo);
@@ -221,13 +223,15 @@ absl::StatusOr<CompletionCall> ParseCompletionCall(std::string_view text, const 
   return call;
 }
 
-absl::StatusOr<CompletionCall> ParseChatCall(std::string_view text, const LimitsConfig& limits) {
+absl::StatusOr<CompletionCall> ParseChatCall(std::string_view text, const LimitsConfig& limits,
+                                             const SamplingParams& defaults) {
   absl::StatusOr<json> parsed = ParseJsonObject(text);
   if (!parsed.ok()) return parsed.status();
   absl::Status status;
   const JsonObject body(&*parsed, &status);
   CompletionCall call;
   call.chat = true;
+  call.sampling = defaults;
   ReadCommon(body, &status, limits, &call);
   std::vector<ChatMessage> messages;
   ReadMessages(body, &status, &messages);

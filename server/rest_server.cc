@@ -108,8 +108,9 @@ class BeastRestServer final : public RestServer {
   BeastRestServer(const ServerConfig& config, Metrics* metrics)
       : io_(std::max(1, config.io_threads)),
         work_(io_.get_executor()),
+        metrics_work_(metrics_io_.get_executor()),
         http_(&io_, config, metrics, /*metrics_only=*/false),
-        metrics_(&io_, config, metrics, /*metrics_only=*/true) {}
+        metrics_(&metrics_io_, config, metrics, /*metrics_only=*/true) {}
 
   ~BeastRestServer() override { Stop(absl::ZeroDuration()); }
 
@@ -119,6 +120,7 @@ class BeastRestServer final : public RestServer {
     http_.AcceptNext();
     metrics_.AcceptNext();
     for (int i = 0; i < std::max(1, config.io_threads); ++i) threads_.emplace_back([this] { io_.run(); });
+    threads_.emplace_back([this] { metrics_io_.run(); });
     return absl::OkStatus();
   }
 
@@ -142,14 +144,17 @@ class BeastRestServer final : public RestServer {
     }
     for (Port* port : {&http_, &metrics_}) port->sessions().WaitUntilGone(kCloseTimeout);
     work_.reset();
+    metrics_work_.reset();
     io_.stop();
+    metrics_io_.stop();
     for (std::thread& thread : threads_) thread.join();
     threads_.clear();
   }
 
  private:
-  asio::io_context io_;
-  asio::executor_work_guard<asio::io_context::executor_type> work_;
+  // Probes have a thread of their own: a long prompt that is tokenized must not get the process killed.
+  asio::io_context io_, metrics_io_{1};
+  asio::executor_work_guard<asio::io_context::executor_type> work_, metrics_work_;
   Port http_;
   Port metrics_;
   std::vector<std::thread> threads_;

@@ -1,4 +1,5 @@
-// The OpenAI-style HTTP front end: a few I/O threads, one strand per connection, no thread per stream.
+// The OpenAI-style HTTP front end: a few I/O threads and one for metrics and probes, one strand per
+// connection, no thread per stream.
 #ifndef ATP_SERVER_REST_SERVER_H_
 #define ATP_SERVER_REST_SERVER_H_
 

@@ -3,7 +3,7 @@
 
     weight_quality.py --atp build/cpu-release/atp --llama-bin LLAMA_CPP/build/bin --model models/default --text FILE
 
-Matrices whose rows are no multiple of 256 (ffn_down of the default model has 704) stay bf16 in every format, since no
+Matrices whose rows are no multiple of 256 (ffn_down of the first default model has 704) stay bf16 in every format, since no
 K-quant can hold them. llama.cpp's formats come from its llama-quantize --pure, and all files are evaluated by atp.
 """
 

@@ -21,7 +21,7 @@ def script(*args):
 
 def answer(model, *flags):
     result = atp("generate", "--model", model, "--prompt", PROMPT, "--max-tokens", "24", "--temperature", "0",
-                 "--ignore-eos", *flags)
+                 "--ignore-eos", "--repetition-penalty", "1", *flags)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -67,7 +67,7 @@ class GgufTest(unittest.TestCase):
         out = self.dir / "directory-q8"
         result = atp("quantize", MODEL, out, "--weight-dtype", "q8")
         self.assertEqual(result.returncode, 0, result.stderr)
-        self.assertEqual(sorted(os.listdir(out)), ["atp_budgets.json", "config.json", "model.gguf", "tokenizer.model", "tokenizer_config.json"])
+        self.assertEqual(sorted(os.listdir(out)), ["atp_budgets.json", "config.json", "generation_config.json", "model.gguf", "tokenizer.model", "tokenizer_config.json"])
         self.assertEqual(cross_entropy(out), cross_entropy(MODEL, "--weight-dtype", "q8"))
         self.assertEqual(answer(out), answer(MODEL, "--weight-dtype", "q8"))
 

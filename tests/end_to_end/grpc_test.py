@@ -97,7 +97,7 @@ class Calls(unittest.TestCase):
         self.assertTrue(answer.choices[0].text)
 
     def test_logprobs(self):
-        choice = generate(logprobs=2, temperature=0).choices[0]
+        choice = generate(logprobs=2, temperature=0, repetition_penalty=1).choices[0]
         self.assertEqual([item.token for item in choice.logprobs], list(choice.tokens))
         for item in choice.logprobs:
             self.assertEqual(len(item.top), 2)

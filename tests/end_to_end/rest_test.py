@@ -153,7 +153,7 @@ class Completions(unittest.TestCase):
         self.assertEqual(texts_by_index(events)[0], expected)
 
     def test_logprobs(self):
-        answer = completion(server, PROMPT, logprobs=2, **GREEDY)["choices"][0]
+        answer = completion(server, PROMPT, logprobs=2, repetition_penalty=1, **GREEDY)["choices"][0]
         logprobs = answer["logprobs"]
         # Each line is a text of its own to this model's tokenizer: the space that begins its first token is not text.
         self.assertEqual("".join(logprobs["tokens"]).replace("\n ", "\n"), answer["text"])
@@ -251,7 +251,8 @@ class Chat(unittest.TestCase):
         self.assertEqual(events[-1]["usage"]["completion_tokens"], 20)
 
     def test_logprobs(self):
-        answer = chat(server, "Hello.", max_tokens=6, logprobs=True, top_logprobs=3, temperature=0, ignore_eos=True)
+        answer = chat(server, "Hello.", max_tokens=6, logprobs=True, top_logprobs=3, temperature=0, repetition_penalty=1,
+                      ignore_eos=True)
         content = answer["choices"][0]["logprobs"]["content"]
         self.assertEqual(len(content), 6)
         for item in content:

@@ -69,6 +69,24 @@ TEST_F(GgufModelTest, SameLogitsFromBothForms) {
   }
 }
 
+TEST_F(GgufModelTest, SamplingDefaultsGoAlong) {
+  const std::string in = dir_ + "/in";
+  std::filesystem::copy(kSource + "/tests/golden/llama_mha_f32", in);
+  std::ofstream(in + "/generation_config.json")
+      << R"({"temperature":0.5,"top_k":7,"top_p":0.25,"min_p":0.125,"repetition_penalty":1.5})";
+  ASSERT_EQ(QuantizeModel(in, dir_ + "/out.gguf", DType::kF32, nullptr), absl::OkStatus());
+  ASSERT_EQ(QuantizeModel(dir_ + "/out.gguf", dir_ + "/again.gguf", DType::kF32, nullptr), absl::OkStatus());
+  for (const char* name : {"/in", "/out.gguf", "/again.gguf"}) {
+    SCOPED_TRACE(name);
+    const SamplingParams sampling = *LoadLlamaConfig(dir_ + name)->sampling;
+    EXPECT_EQ(sampling.temperature, 0.5f);
+    EXPECT_EQ(sampling.top_k, 7);
+    EXPECT_EQ(sampling.top_p, 0.25f);
+    EXPECT_EQ(sampling.min_p, 0.125f);
+    EXPECT_EQ(sampling.repetition_penalty, 1.5f);
+  }
+}
+
 TEST_F(GgufModelTest, QuantisedOnceIsQuantisedAtLoad) {
   const std::string in = kSource + "/models/default";
   for (const DType dtype : {DType::kBF16, DType::kQ8_0, DType::kQ4}) {
@@ -82,6 +100,11 @@ TEST_F(GgufModelTest, QuantisedOnceIsQuantisedAtLoad) {
     EXPECT_EQ(from_file.Logits({prompt}, nullptr, 64)[0], converted.Logits({prompt}, nullptr, 64)[0]);
     EXPECT_EQ((*LoadTokenizer(out, 0))->Encode("Once upon a time", true, false),
               (*LoadTokenizer(in, 0))->Encode("Once upon a time", true, false));
+    // Again: what lies beside the weights goes along.
+    ASSERT_EQ(QuantizeModel(out, out + "-again", DType::kQ4, nullptr), absl::OkStatus());
+    for (const char* name : {"/tokenizer.model", "/tokenizer_config.json", "/atp_budgets.json"}) {
+      EXPECT_TRUE(std::filesystem::exists(out + "-again" + name)) << name;
+    }
   }
 }
 

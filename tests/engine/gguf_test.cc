@@ -241,6 +241,27 @@ TEST(GgufConfigTest, DefaultsAndGivenKeys) {
   EXPECT_THAT(config->eos_token_ids, ElementsAre(2, 3));
 }
 
+TEST(GgufConfigTest, Sampling) {
+  EXPECT_EQ(ConfigOf(Model())->sampling->temperature, 1.0f);
+  GgufBytes gguf = Model();
+  gguf.Float("general.sampling.temp", 0.0f).Float("general.sampling.top_p", 0.9f);
+  gguf.Float("general.sampling.min_p", 0.05f).Float("general.sampling.penalty_repeat", 1.1f);
+  gguf.Int("general.sampling.top_k", 40);
+  const absl::StatusOr<LlamaConfig> config = ConfigOf(gguf);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->sampling->temperature, 0.0f);
+  EXPECT_EQ(config->sampling->top_p, 0.9f);
+  EXPECT_EQ(config->sampling->min_p, 0.05f);
+  EXPECT_EQ(config->sampling->repetition_penalty, 1.1f);
+  EXPECT_EQ(config->sampling->top_k, 40);
+  GgufBytes cold = Model();
+  cold.Float("general.sampling.temp", -1.0f);
+  const absl::StatusOr<LlamaConfig> wrong = ConfigOf(cold);
+  ASSERT_TRUE(wrong.ok()) << wrong.status();
+  EXPECT_THAT(std::string(wrong->sampling.status().message()),
+              HasSubstr("temperature is -1; it must be between 0 and 100"));
+}
+
 TEST(GgufConfigTest, FrequencyFactors) {
   GgufBytes gguf = Model();
   gguf.Tensor("rope_freqs.weight", {8}, 0, gguf.data.size());

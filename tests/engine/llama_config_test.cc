@@ -309,6 +309,37 @@ TEST_F(LoadLlamaConfigTest, MergesGenerationConfig) {
               HasSubstr(dir_ + "/generation_config.json: expected valid JSON"));
 }
 
+TEST_F(LoadLlamaConfigTest, SamplingOfGenerationConfig) {
+  Write("config.json", ConfigJson({}));
+  EXPECT_EQ(LoadLlamaConfig(dir_)->sampling->temperature, 1.0f);
+  Write("generation_config.json",
+        R"({"do_sample":false,"temperature":0,"top_k":40,"top_p":0.9,"min_p":0.0,"repetition_penalty":1.1})");
+  const SamplingParams sampling = *LoadLlamaConfig(dir_)->sampling;
+  EXPECT_EQ(sampling.temperature, 0.0f);
+  EXPECT_EQ(sampling.top_k, 40);
+  EXPECT_EQ(sampling.top_p, 0.9f);
+  EXPECT_EQ(sampling.min_p, 0.0f);
+  EXPECT_EQ(sampling.repetition_penalty, 1.1f);
+  Write("generation_config.json", R"({"top_k":-1,"top_p":null,"temperature":0.6})");
+  EXPECT_EQ(LoadLlamaConfig(dir_)->sampling->top_k, 0) << "-1 is vLLM's way to say off";
+  EXPECT_EQ(LoadLlamaConfig(dir_)->sampling->top_p, 1.0f);
+  EXPECT_EQ(LoadLlamaConfig(dir_)->sampling->temperature, 0.6f);
+  const std::pair<const char*, const char*> wrong[] = {
+      {R"({"temperature":-1})", "temperature is -1; it must be between 0 and 100"},
+      {R"({"temperature":"hot"})", "temperature: expected a number"},
+      {R"({"top_k":-2})", "top_k: expected an integer from -1"},
+      {R"({"top_p":0})", "top_p is 0; it must be greater than 0 and at most 1"},
+      {R"({"min_p":1.5})", "min_p is 1.5; it must be"},
+      {R"({"repetition_penalty":0})", "repetition_penalty is 0; it must be"}};
+  for (const auto& [text, message] : wrong) {
+    Write("generation_config.json", text);
+    const absl::StatusOr<LlamaConfig> config = LoadLlamaConfig(dir_);
+    ASSERT_TRUE(config.ok()) << "only who wants the defaults is stopped by them: " << config.status();
+    EXPECT_THAT(std::string(config->sampling.status().message()),
+                HasSubstr(dir_ + "/generation_config.json: " + message));
+  }
+}
+
 TEST_F(LoadLlamaConfigTest, NoSuchFile) {
   const absl::Status status = LoadLlamaConfig(dir_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);

@@ -362,11 +362,15 @@ TEST(ValidateSampling, NamesTheField) {
         },
         [](auto& p) {
           p.logit_bias = {{1, kNan}};
+        },
+        [](auto& p) {
+          p.logit_bias.assign(1025, {1, 0.0f});
         }}},
       {"stop",
        {[](auto& p) { p.stop = {""}; }, [](auto& p) { p.stop.assign(65, "x"); },
         [](auto& p) { p.stop = {std::string(2000, 'x')}; }}},
-      {"stop_token_ids", {[](auto& p) { p.stop_token_ids = {100}; }}},
+      {"stop_token_ids",
+       {[](auto& p) { p.stop_token_ids = {100}; }, [](auto& p) { p.stop_token_ids.assign(1025, 1); }}},
       {"max_tokens", {[](auto& p) { p.max_tokens = -1; }}},
       {"min_tokens", {[](auto& p) { p.min_tokens = -1; }, [](auto& p) { p.min_tokens = 17; }}},
       {"n", {[](auto& p) { p.n = 0; }, [](auto& p) { p.n = 1000; }}},

@@ -121,6 +121,22 @@ TEST_F(SchedulerTest, CompressedRequestsFitWhereExactOnesDoNot) {
   EXPECT_EQ(generated_[b], 90u);
 }
 
+// What nobody limited gets as much as fits, and not what would fit an exact cache.
+TEST_F(SchedulerTest, TheLargestFitOfACompressedRequest) {
+  Make(Options(20));  // 80 exact tokens
+  const auto plan = Plan(0.5, 8);
+  for (const int prompt : {1, 20, 60, 75, 90}) {
+    SCOPED_TRACE(prompt);
+    int expected = 0;
+    for (int tokens = 1; prompt + tokens <= 200; ++tokens) {
+      if (scheduler_->CheckFits(prompt, tokens, plan.get()).ok()) expected = tokens;
+    }
+    ASSERT_GT(expected, 0);
+    EXPECT_EQ(scheduler_->LargestFit(prompt, plan.get()), expected);
+    EXPECT_GT(expected, 80 - prompt);
+  }
+}
+
 TEST_F(SchedulerTest, ACompressedPrefixIsFoundAgain) {
   Make(Options(60));
   const auto plan = Plan();

@@ -352,6 +352,9 @@ TEST_F(SchedulerTest, RefusesWhatCouldNeverFitWithTheNumbers) {
   EXPECT_THAT(std::string(too_long.message()), HasSubstr("200 positions"));
   EXPECT_THAT(std::string(too_long.message()), HasSubstr("at most 199"));
   EXPECT_EQ(scheduler_->MaxNewTokens(190, 100), 10);
+  EXPECT_EQ(scheduler_->LargestFit(30), 10);
+  EXPECT_EQ(scheduler_->LargestFit(39), 1);
+  EXPECT_EQ(scheduler_->LargestFit(60), 140) << "none fits: what the positions leave";
 
   auto request = std::make_shared<Request>();
   request->prompt.resize(41);

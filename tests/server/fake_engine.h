@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -52,6 +53,10 @@ class FakeEngine final : public Engine {
     live_[id] = Live{std::move(request), std::move(sink), 0, false};
     changed_.notify_all();
     return id;
+  }
+
+  int MaxNewTokens(int prompt_tokens, const std::optional<CompressionOverride>&) override {
+    return static_cast<int>(options_.kv_tokens_capacity) - prompt_tokens;
   }
 
   void Cancel(RequestId id) override {

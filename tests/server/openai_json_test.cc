@@ -50,6 +50,21 @@ std::string MessagesError(const std::string& messages) {
   return ErrorOf(ParseChatCall("{\"messages\":" + messages + "}", {}).status());
 }
 
+TEST(ParseCompletion, ModelsDefaultsGiveWayToTheBody) {
+  SamplingParams defaults;
+  defaults.temperature = 0.6f;
+  defaults.top_k = 40;
+  defaults.top_p = 0.9f;
+  const auto completion = ParseCompletionCall(R"({"prompt":"x","top_k":-1,"top_p":null})", {}, defaults);
+  const auto chat = ParseChatCall(R"({"messages":[{"role":"user","content":"x"}],"top_k":0})", {}, defaults);
+  for (const auto& call : {completion, chat}) {
+    ASSERT_TRUE(call.ok()) << call.status();
+    EXPECT_EQ(call->sampling.temperature, 0.6f);
+    EXPECT_EQ(call->sampling.top_k, 0);
+    EXPECT_EQ(call->sampling.top_p, 0.9f);
+  }
+}
+
 TEST(ParseCompletion, DefaultsAreOpenAis) {
   const CompletionCall call = Completion("");
   EXPECT_FALSE(call.chat);

@@ -236,7 +236,11 @@ TEST(ApiErrors, ADrainingEngineIs503) {
        {waiting.ReadAnswer(), server.Post("/v1/completions", R"({"prompt":"a"})")}) {
     ExpectError(answer, 503, nullptr, "unavailable");
     EXPECT_EQ(answer.headers.count("retry-after"), 1u);
+    // The next try is to find its way to another server.
+    ASSERT_EQ(answer.headers.count("connection"), 1u);
+    EXPECT_EQ(answer.headers.find("connection")->second, "close");
   }
+  EXPECT_EQ(waiting.ReadToEnd(), "");
 }
 
 TEST(ApiErrors, BeforeTheModelIsLoadedOnlyLivenessAndMetricsAnswer) {

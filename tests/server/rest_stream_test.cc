@@ -170,6 +170,33 @@ TEST(Stream, WhatASlowClientLeavesPendingIsBounded) {
   EXPECT_EQ((*answer)->Next().kind, AnswerPiece::kTooSlow);
 }
 
+TEST(Stream, AnEchoedPromptIsNoSignOfASlowClient) {
+  const ByteTokenizer tokenizer;
+  EchoEngineOptions options;
+  options.max_positions = 1 << 18;
+  EchoEngine engine(&tokenizer, options);
+  ServedModel model = Server::Model();
+  model.max_context_tokens = options.max_positions;
+  GenerateService service(&engine, &tokenizer, *ChatTemplate::Create("plain"), model, RestConfig());
+  CompletionCall call;
+  call.prompts = {std::string(200000, 'x')};  // its log probabilities are 6.4 MB
+  call.stream = call.echo = call.max_tokens_given = true;
+  call.sampling.max_tokens = 1;
+  call.sampling.logprobs = 0;
+  auto answer = CompletionAnswer::Start(&service, call, "id", absl::InfiniteFuture(), [] {});
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  AnswerPiece piece;
+  size_t bytes = 0;
+  do {
+    piece = (*answer)->Next();
+    bytes += piece.chunk.size();
+    ASSERT_NE(piece.kind, AnswerPiece::kTooSlow);
+    ASSERT_NE(piece.kind, AnswerPiece::kBroken);
+    if (piece.kind == AnswerPiece::kNothing) absl::SleepFor(absl::Milliseconds(1));
+  } while (piece.kind != AnswerPiece::kEnd);
+  EXPECT_GT(bytes, 200000u);
+}
+
 TEST(Stream, AClientThatDoesNotReadIsCutOff) {
   Config config = RestConfig();
   config.server.write_timeout_ms = 100;
