@@ -45,7 +45,7 @@ asan: deps ## build and run all tests under AddressSanitizer and UBSan
 	@$(call build_preset,cpu-asan-ubsan,)
 	@ctest --preset cpu-asan-ubsan -j $(JOBS)
 
-tsan: deps ## build and run all tests under ThreadSanitizer
+tsan: deps ## build and run the C++ tests under ThreadSanitizer
 	@$(call build_preset,cpu-tsan,)
 	@ctest --preset cpu-tsan -j $(JOBS)
 
