@@ -4,6 +4,7 @@
 #ifndef ATP_ENGINE_ANSWER_STREAM_H_
 #define ATP_ENGINE_ANSWER_STREAM_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -31,10 +32,17 @@ struct ActiveRequest {
         request(std::move(submission.request)),
         sink(std::move(submission.sink)),
         submitted(submission.submitted),
-        answers_left(request->sampling.n) {}
+        answers_left(request->sampling.n) {
+    if (request->sampling.repetition_penalty == 1) return;
+    prompt_tokens = request->prompt;
+    std::sort(prompt_tokens.begin(), prompt_tokens.end());
+    prompt_tokens.erase(std::unique(prompt_tokens.begin(), prompt_tokens.end()), prompt_tokens.end());
+  }
 
   RequestId id;
   std::shared_ptr<const Request> request;
+  std::vector<TokenId>
+      prompt_tokens;  // of a request with a repetition penalty: each once, for every step asks
   std::shared_ptr<OutputSink> sink;
   absl::Time submitted;
   std::optional<absl::Time> started;      // first step of any of its answers

@@ -290,7 +290,7 @@ void BatchingEngine::AskForTokens(const Batch& batch) {
     SampleContext context;
     context.params = &stream.sampling();
     context.seed = stream.seed();
-    context.prompt = sequence.prompt();
+    context.prompt = stream.active().prompt_tokens;
     context.generated = sequence.generated();
     context.forbidden = stream.forbidden();
     sample_rows_.Draw(entry.first_logit + entry.logits - 1, context);

@@ -18,7 +18,7 @@ namespace atp {
 struct SampleContext {
   const SamplingParams* params = nullptr;
   uint64_t seed = 0;                   // of this answer
-  std::span<const TokenId> prompt;     // for repetition penalty
+  std::span<const TokenId> prompt;     // for repetition penalty; each token once is enough
   std::span<const TokenId> generated;  // for penalties; its size is the draw's counter
   std::span<const TokenId> forbidden;  // end-of-sequence and stop tokens while min_tokens is not reached
 };
