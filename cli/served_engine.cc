@@ -8,6 +8,7 @@
 #include "absl/time/clock.h"
 #include "cli/load_progress.h"
 #include "engine/low_rank.h"
+#include "kernels/available_memory.h"
 #include "kernels/backend_factory.h"
 #include "kernels/kv_page.h"
 #include "spdlog/spdlog.h"

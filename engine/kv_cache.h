@@ -55,10 +55,6 @@ class KvCache {
   int64_t num_blocks_ = 0;
 };
 
-// Bytes that this process may still take: the least of MemAvailable and, for its cgroup (v2 or v1) and each
-// parent that has a limit, that limit less its use. `root` is where /proc and /sys are, for tests.
-size_t AvailableMemoryBytes(const std::string& root = "");
-
 }  // namespace atp
 
 #endif  // ATP_ENGINE_KV_CACHE_H_

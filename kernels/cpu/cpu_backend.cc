@@ -9,6 +9,7 @@
 
 #include "absl/base/macros.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/available_memory.h"
 #include "kernels/cpu/cores.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/panels.h"
@@ -97,6 +98,19 @@ class CpuBackend final : public Backend {
         UnpackRow(args.table, args.indices[row], args.out + row * args.table.cols);
       }
     });
+  }
+
+  // Each thread takes a fit's scratch when it runs one; that it cannot is better said before there are
+  // answers.
+  absl::Status Reserve(const StepLimits& limits) override {
+    head_dim_ = std::max(head_dim_, limits.head_dim);
+    if (limits.fit_entries == 0) return absl::OkStatus();
+    const size_t fit =
+        PrincipalFitScratch(limits.fit_entries, limits.fit_references, head_dim_, limits.fit_count);
+    const size_t wanted = fit * sizeof(float) * pool_.threads(), left = AvailableMemoryBytes();
+    if (wanted <= left) return absl::OkStatus();
+    return absl::ResourceExhaustedError(absl::StrCat(pool_.threads(), " threads need ", wanted,
+                                                     " bytes of scratch memory, ", left, " are left"));
   }
 
   void MatMul(const MatMulArgs& args) override { MatMuls({&args, 1}); }
@@ -445,12 +459,10 @@ class CpuBackend final : public Backend {
   }
 
   Isa isa_;
+  int head_dim_ = 0;  // the largest that Reserve() was told
   ThreadPool pool_;
   std::vector<Scratch> scratch_;  // [threads]
-  const MatMulKernel float_matmul_;
-  const MatMulKernel int8_matmul_;
-  const MatMulKernel kquant_matmul_;
-  const MatMulKernel amx_int8_matmul_;
+  const MatMulKernel float_matmul_, int8_matmul_, kquant_matmul_, amx_int8_matmul_;
   MatMulKernel bf16_matmul_, amx_bf16_matmul_;
   double int8_matmul_speed_;
   Scratch row_words_, row_block_words_;  // x of the product in progress

@@ -49,6 +49,22 @@ TEST(BackendFactory, AutoIsTheBestIsa) {
   EXPECT_EQ((*backend)->Description(), "cpu: " + CpuIsaNames().front() + ", 1 thread");
 }
 
+TEST(BackendFactory, ACpuSaysAtStartWhatItsFitsLack) {
+  BackendOptions options;
+  options.threads = 2;
+  const auto backend = MakeBackend(options);
+  ASSERT_TRUE(backend.ok());
+  StepLimits limits;
+  limits.head_dim = 64;
+  EXPECT_EQ((*backend)->Reserve(limits), absl::OkStatus());
+  limits.fit_entries = 256, limits.fit_references = 512, limits.fit_count = 64;
+  EXPECT_EQ((*backend)->Reserve(limits), absl::OkStatus());
+  limits.fit_entries = 1 << 22, limits.fit_count = 1 << 20;  // a square of such a side is 70 TB
+  const absl::Status status = (*backend)->Reserve(limits);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(Message(status), AllOf(HasSubstr("2 threads need "), HasSubstr(" are left")));
+}
+
 TEST(BackendFactory, UnknownDeviceNamesWhatThereIs) {
   BackendOptions options;
   options.device = "tpu";
