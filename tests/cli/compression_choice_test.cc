@@ -176,7 +176,8 @@ TEST_F(CompressionChoiceTest, OverridesKeepTheServersSegmentsAndBudgets) {
   EXPECT_EQ(settings_of(compact)->segment_tokens, 128);
   EXPECT_EQ(settings_of(compact)->max_principal_keys, 100);
   double sum = 0;
-  for (const double r : settings_of(compact)->head_ratio) sum += r;
+  const std::vector<double> ratios = settings_of(compact)->head_ratio;
+  for (const double r : ratios) sum += r;
   EXPECT_NEAR(sum / 4, 0.25, 0.26 / 4) << "the mean, in whole pages of 16 of 128 entries";
   EXPECT_EQ(settings_of(ratio)->head_ratio.size(), 4u);
   EXPECT_EQ(settings_of(ratio)->bits, 8) << "the server's";
