@@ -342,7 +342,7 @@ void BatchingEngine::Fail(const absl::Status& status) {
 }
 
 void BatchingEngine::EmitFinished(const std::string& error) {
-  const auto& finished = scheduler_.TakeFinished();
+  const std::vector<std::unique_ptr<Sequence>> finished = scheduler_.TakeFinished();
   if (finished.empty()) return;
   PublishStats();  // before the callers hear of it, so that the blocks they waited for are seen to be free
   for (const std::unique_ptr<Sequence>& sequence : finished) {

@@ -148,7 +148,17 @@ absl::Status CopyBeside(const std::string& in, const std::string& out) {
   return absl::OkStatus();
 }
 
-absl::Status QuantizeGguf(const std::string& path, const std::string& out, Writing* writing) {
+absl::Status MakeDirectoryOf(const std::string& in, const std::string& out) {
+  std::error_code error;
+  if (!fs::create_directory(out, error)) {
+    return absl::FailedPreconditionError(absl::StrCat(out, ": cannot be made: ", error.message()));
+  }
+  return CopyBeside(in, out);
+}
+
+// `in` is the file at `path`, or the directory that has it: then what lies beside it goes along.
+absl::Status QuantizeGguf(const std::string& path, const std::string& in, const std::string& out,
+                          Writing* writing) {
   const absl::StatusOr<std::shared_ptr<const GgufFile>> file = GgufFile::Open(path);
   if (!file.ok()) return file.status();
   if (const auto config = GgufLlamaConfig(**file); !config.ok()) return config.status();
@@ -162,15 +172,17 @@ absl::Status QuantizeGguf(const std::string& path, const std::string& out, Writi
   for (const auto& [name, tensor] : (*file)->tensors()) {
     AddTensor(name, tensor.dtype, tensor.shape, tensor.data, /*head_dim=*/0, writing, &writer);
   }
-  return writer.Write(out);
-}
-
-absl::Status MakeDirectoryOf(const std::string& in, const std::string& out) {
   std::error_code error;
-  if (!fs::create_directory(out, error)) {
-    return absl::FailedPreconditionError(absl::StrCat(out, ": cannot be made: ", error.message()));
+  if (fs::is_directory(in, error)) {
+    if (absl::Status made = MakeDirectoryOf(in, out); !made.ok()) return made;
+    return writer.Write(out + "/model.gguf");
   }
-  return CopyBeside(in, out);
+  const std::string budgets = absl::StrCat(".", std::string(kBudgetsFileName));
+  if (fs::exists(in + budgets, error) && !fs::copy_file(in + budgets, out + budgets, error)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(out, budgets, ": cannot be written: ", error.message()));
+  }
+  return writer.Write(out);
 }
 
 absl::Status QuantizeDirectory(const std::string& in, const std::string& out, Writing* writing) {
@@ -202,17 +214,7 @@ absl::Status QuantizeModel(const std::string& in, const std::string& out, DType 
   const absl::StatusOr<std::string> gguf = FindGguf(in);
   if (!gguf.ok()) return gguf.status();
   Writing writing{dtype, progress};
-  if (gguf->empty()) return QuantizeDirectory(in, out, &writing);
-  if (!fs::is_directory(in, ignored)) {
-    const absl::Status written = QuantizeGguf(*gguf, out, &writing);
-    const std::string budgets = absl::StrCat(".", std::string(kBudgetsFileName));
-    if (written.ok() && fs::exists(in + budgets, ignored))
-      fs::copy_file(in + budgets, out + budgets, ignored);
-    return written;
-  }
-  // A directory with a GGUF file: what lies beside it goes along.
-  if (absl::Status made = MakeDirectoryOf(in, out); !made.ok()) return made;
-  return QuantizeGguf(*gguf, out + "/model.gguf", &writing);
+  return gguf->empty() ? QuantizeDirectory(in, out, &writing) : QuantizeGguf(*gguf, in, out, &writing);
 }
 
 }  // namespace atp

@@ -91,7 +91,7 @@ class SentencePieceTokenizer : public Tokenizer {
 
  private:
   // Each part between control tokens is a text of its own with its own dummy prefix, as the models were
-  // trained. Marks (see BuildTables) are a part of the text around them: only its beginning has the prefix.
+  // trained. Marks (see FindMarks) are a part of the text around them: only its beginning has the prefix.
   struct Encoding {
     std::vector<TokenId> ids;
     bool text_begins = true;

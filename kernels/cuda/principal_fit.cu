@@ -433,7 +433,8 @@ cudaError_t FitPrincipalKeys(const OpContext& context, const FitPrincipalKeysArg
   const QueryPage& queries = *args.query_page;
   const FitShape shape{args.pool.data,     args.pool.block_bytes,     args.inverse_frequency, args.group,
                        queries.head_dim(), queries.blocks_per_head(), queries.per_block()};
-  // What is there already: a request that wants compression on a full device must not make it allocate.
+  // What is there already, if one job fits: a request's own compression is not reserved for, and the device
+  // may be full.
   const size_t room = context.workspace->bytes();
   cudaError_t error = cudaSuccess;
   for (size_t first = 0; first < args.jobs.size() && error == cudaSuccess;) {

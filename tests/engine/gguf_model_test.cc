@@ -114,6 +114,21 @@ TEST_F(GgufModelTest, NothingIsOverwritten) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("is there already"));
   EXPECT_FALSE(QuantizeModel(dir_ + "/none", dir_ + "/out", DType::kQ8_0, nullptr).ok());
   EXPECT_FALSE(std::filesystem::exists(dir_ + "/out"));
+  // Nor is anything left of a model that cannot be read.
+  std::filesystem::create_directory(dir_ + "/broken");
+  std::ofstream(dir_ + "/broken/model.gguf") << "GGUF";
+  EXPECT_FALSE(QuantizeModel(dir_ + "/broken", dir_ + "/out", DType::kQ8_0, nullptr).ok());
+  EXPECT_FALSE(std::filesystem::exists(dir_ + "/out"));
+}
+
+TEST_F(GgufModelTest, BudgetsBesideAFileGoAlong) {
+  ASSERT_EQ(QuantizeModel(kSource + "/tests/golden/llama_mha_f32", dir_ + "/m", DType::kF32, nullptr),
+            absl::OkStatus());
+  const std::string in = dir_ + "/m/model.gguf", out = dir_ + "/out.gguf";
+  std::ofstream(in + ".atp_budgets.json") << "{}";
+  ASSERT_EQ(QuantizeModel(in, out, DType::kQ8_0, nullptr), absl::OkStatus());
+  EXPECT_TRUE(std::filesystem::is_regular_file(out));
+  EXPECT_TRUE(std::filesystem::exists(out + ".atp_budgets.json"));
 }
 
 TEST_F(GgufModelTest, TensorsMissingOrMisshapen) {

@@ -29,6 +29,7 @@ class FakeEngine final : public Engine {
     std::string token_text;                       // of every token, instead of letters
     FinishReason reason = FinishReason::kLength;  // how answers end after max_tokens
     int64_t kv_tokens_capacity = 1 << 20;
+    bool scores_prompts = false;  // log probabilities of echoed prompts, in one piece, before the answer
   };
 
   FakeEngine() : FakeEngine(Options()) {}
@@ -155,6 +156,13 @@ class FakeEngine final : public Engine {
     if (absl::Now() >= live.request.deadline) return End(id, live, FinishReason::kDeadline);
     if (hold) return;
     const SamplingParams& sampling = live.request.sampling;
+    if (options_.scores_prompts && live.generated == 0 && live.request.echo_prompt) {
+      OutputDelta prompt;
+      prompt.is_prompt = true;
+      prompt.text = "(prompt)";
+      for (TokenId token : live.request.prompt) prompt.logprobs.push_back({token, -0.5f, {}});
+      live.sink->OnDelta(std::move(prompt));
+    }
     if (live.generated < sampling.max_tokens) {
       for (int index = 0; index < sampling.n; ++index) {
         OutputDelta delta;

@@ -122,6 +122,23 @@ TEST_F(GrpcLifecycleTest, AClientThatDoesNotReadIsCutOff) {
   stream.AwaitDone();
 }
 
+TEST_F(GrpcLifecycleTest, AnEchoedPromptIsNoSignOfASlowClient) {
+  FakeEngine::Options options;
+  options.scores_prompts = true;
+  Start(options);
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  const auto stub = v1::Inference::NewStub(grpc::CreateCustomChannel(
+      "127.0.0.1:" + std::to_string(server_->port()), grpc::InsecureChannelCredentials(), arguments));
+  v1::GenerateRequest request = Prompt(3, std::string(600000, 'x'));  // its log probabilities are over 6 MB
+  request.mutable_sampling()->set_echo(true);
+  request.mutable_sampling()->set_logprobs(0);
+  StreamClient stream(stub.get(), request);
+  stream.AwaitDone();
+  EXPECT_TRUE(stream.status.ok()) << stream.status.error_message();
+  EXPECT_EQ(stream.text, "(prompt)abc");
+}
+
 TEST_F(GrpcLifecycleTest, AClientThatDoesNotReadTheEndIsCutOffAfterTheWriteTimeout) {
   config_.server.write_timeout_ms = 200;
   FakeEngine::Options options;

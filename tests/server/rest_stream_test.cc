@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <sys/resource.h>
 
+#include <latch>
 #include <thread>
 
 #include "engine/echo_engine.h"
@@ -274,6 +275,32 @@ TEST(Stream, FiveHundredAtOnceOnTwoThreads) {
     for (const std::string& event : events) text += json::parse(event).at("choices").at(0).at("text");
     EXPECT_EQ(text, "abcdefghij");
   }
+}
+
+// Takes a request when it is let, and keeps the thread that brings one until then.
+class StuckEngine : public EchoEngine {
+ public:
+  using EchoEngine::EchoEngine;
+  absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) override {
+    busy.count_down();
+    let.wait();
+    return EchoEngine::Submit(std::move(request), std::move(sink));
+  }
+  std::latch busy{1}, let{1};
+};
+
+TEST(Metrics, ProbesAreAnsweredWhileTheThreadOfTheClientsIsBusy) {
+  using Stuck = RestFixture<StuckEngine>;
+  Stuck server(RestConfig(), std::make_unique<StuckEngine>(&Stuck::Tokenizer_(), EchoEngineOptions()));
+  ASSERT_EQ(RestConfig().server.io_threads, 1);
+  HttpClient client(server.port());
+  client.Send(HttpClient::Request("POST", "/v1/completions", R"({"prompt":"x","max_tokens":2})"));
+  server.engine().busy.wait();
+  for (const char* path : {"/health/live", "/health/ready", "/metrics"}) {
+    EXPECT_EQ(HttpClient(server.server().metrics_port()).Call("GET", path).status, 200) << path;
+  }
+  server.engine().let.count_down();
+  EXPECT_EQ(client.ReadAnswer().status, 200);
 }
 
 TEST(Stop, OpenAnswersFinishIdleConnectionsEndAndNewOnesAreRefused) {
