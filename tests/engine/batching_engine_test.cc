@@ -51,6 +51,21 @@ TEST_F(BatchingEngineTest, GreedyIsTheSameForEverySeed) {
   EXPECT_FALSE(a.text.empty());
 }
 
+TEST_F(BatchingEngineTest, ARepetitionPenaltySeesThePromptAndTheAnswer) {
+  std::unique_ptr<BatchingEngine> engine = Make(Options());
+  Request request = Ask(std::string(kStory) + kStory, 20, 1);  // the second time it knows what comes
+  request.prompt.resize(request.prompt.size() - 4);
+  request.sampling.temperature = 0;
+  const TokenId repeated = Submit(engine.get(), request)->WaitOne().tokens.at(0);
+  ASSERT_THAT(request.prompt, testing::Contains(repeated));
+  request.sampling.repetition_penalty = 100;
+  std::vector<TokenId> seen = request.prompt;
+  for (const TokenId token : Submit(engine.get(), request)->WaitOne().tokens) {
+    EXPECT_THAT(seen, testing::Not(testing::Contains(token)));
+    seen.push_back(token);
+  }
+}
+
 TEST_F(BatchingEngineTest, AnswersDifferAndAnswerIHasSeedPlusI) {
   std::unique_ptr<BatchingEngine> engine = Make(Options());
   Request request = Sampled(kStory, 12, 50);

@@ -89,6 +89,21 @@ TEST_F(OverrideEngineTest, SideBySideAsAlone) {
   }
 }
 
+TEST_F(OverrideEngineTest, MaxNewTokensAreThoseOfTheRequestsCompression) {
+  const std::unique_ptr<BatchingEngine> exact = Make(Exact(/*kv_tokens=*/512));
+  EXPECT_EQ(exact->MaxNewTokens(100, std::nullopt), 412);
+  EXPECT_EQ(exact->MaxNewTokens(100, Kinds()[1]), 412);
+  Request request = Question(Ratio(0.25, 8));
+  const int prompt = static_cast<int>(request.prompt.size());
+  const int most = exact->MaxNewTokens(prompt, request.compression);
+  ASSERT_GT(most, 512 - prompt);
+  ASSERT_LT(prompt + most, exact->max_context_tokens());
+  request.sampling.max_tokens = most + 1;
+  EXPECT_FALSE(exact->Submit(request, std::make_shared<RecordingSink>()).ok());
+  request.sampling.max_tokens = most;
+  EXPECT_TRUE(exact->Submit(request, std::make_shared<RecordingSink>()).ok());
+}
+
 TEST_F(OverrideEngineTest, ThePrefixCacheIsSharedByEqualPlansOnly) {
   std::unique_ptr<BatchingEngine> engine = Make(Exact());
   const std::vector<std::optional<CompressionOverride>> kinds = {Kinds()[2], Kinds()[3], Kinds()[1]};
