@@ -138,9 +138,11 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
     }
     // It names a file of the operator's: for the log, not for the client.
     spdlog::warn("event=override_refused status=\"{}\"", choice.status().ToString());
-    return absl::InvalidArgumentError(
+    const std::string message =
         absl::StrCat("atp: the server's budgets (atp.budgets) cannot be shared for a mean ratio of ",
-                     asked.ratio > 0 ? asked.ratio : BudgetOf(asked.preset).ratio, "; its log says why"));
+                     asked.ratio > 0 ? asked.ratio : BudgetOf(asked.preset).ratio, "; its log says why");
+    if (!absl::IsInvalidArgument(choice.status())) return absl::InternalError(message);
+    return absl::InvalidArgumentError(message);
   };
 }
 

@@ -2,6 +2,7 @@
 #include <sys/resource.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <memory>
 #include <optional>
@@ -56,16 +57,21 @@ void RaiseFileLimit(const ServerConfig& server) {
 
 class Server {
  public:
-  explicit Server(const Config& config) : config_(config) {}
+  // `signals` outlives the server, which stops itself through it where the device is lost.
+  Server(const Config& config, StopSignals* signals) : config_(config), signals_(signals) {}
 
   absl::Status Start();
   void Announce() const;  // on stdout
   void Stop(const std::string& signal);
+  bool device_lost() const { return device_lost_; }
 
  private:
   absl::Status Load();
+  void LogChatTemplate(const ChatTemplate& chat) const;
 
   const Config config_;
+  StopSignals* const signals_;
+  std::atomic<bool> device_lost_ = false;
   // In the order of use, so that destruction stops the front ends first.
   Metrics metrics_;
   LoadedModel loaded_;
@@ -76,6 +82,19 @@ class Server {
   bool chats_ = false;  // the model has a chat format of its own
 };
 
+void Server::LogChatTemplate(const ChatTemplate& chat) const {
+  spdlog::info("chat_template={} change_with=model.chat_template", chat.name());
+  if (chats_ || config_.model.chat_template != "auto") return;
+  const absl::StatusOr<std::string> own = LoadChatTemplateText(config_.model.path);
+  if (!own.ok() || own->empty()) return;
+  spdlog::warn(
+      "the model has a chat template of a format that is not built in; chats are written as plain text, "
+      "which it "
+      "was not trained on. Set model.chat_template where one of the formats fits, or render chats yourself "
+      "and "
+      "send them to /v1/completions");
+}
+
 absl::Status Server::Load() {
   absl::StatusOr<LoadedModel> loaded =
       LoadModel(config_, LimitsOf(config_.scheduler), TokenizerNeed::kRequired);
@@ -84,8 +103,12 @@ absl::Status Server::Load() {
   absl::StatusOr<ChatTemplate> chat = LoadChatTemplate(config_.model);
   if (!chat.ok()) return chat.status();
   chats_ = std::string(chat->name()) != "plain";
+  LogChatTemplate(*chat);
 
-  absl::StatusOr<std::unique_ptr<BatchingEngine>> engine = MakeEngine(config_, &loaded_, &metrics_);
+  absl::StatusOr<std::unique_ptr<BatchingEngine>> engine = MakeEngine(config_, &loaded_, &metrics_, [this] {
+    device_lost_ = true;
+    signals_->Stop("device_lost");
+  });
   if (!engine.ok()) return engine.status();
   engine_ = *std::move(engine);
   absl::StatusOr<ServedModel> model = DescribeModel(config_.model, loaded_);
@@ -169,12 +192,12 @@ int Serve(const SettingsFlags& settings) {
   if (!config.ok()) return BadArguments(config.status());
   SetUpLogging(config->log.level);
   StopSignals signals;
-  Server server(*config);
+  Server server(*config, &signals);
   if (absl::Status s = server.Start(); !s.ok()) return Failure(s);
   signals.Serving();
   server.Announce();
   server.Stop(signals.Wait());
-  return 0;
+  return server.device_lost() ? 1 : 0;
 }
 
 }  // namespace
@@ -190,7 +213,8 @@ void AddServe(CLI::App* app, int* exit_code) {
   serve->footer(
       "SIGTERM or SIGINT: no new requests, running ones finish within server.drain_timeout_ms, exit code 0; "
       "a second\n"
-      "signal stops at once. All settings with units and defaults: docs/configuration.md, config/cpu.yaml.");
+      "signal stops at once. Exit code 1 when the device is lost. All settings with units and defaults: "
+      "docs/configuration.md, config/cpu.yaml.");
   serve->callback([settings, exit_code] { *exit_code = Serve(*settings); });
 }
 

@@ -134,9 +134,11 @@ absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config, LoadedModel* loaded,
-                                                           EngineObserver* observer) {
+                                                           EngineObserver* observer,
+                                                           std::function<void()> on_device_lost) {
   if (absl::Status s = PlanCompression(config, loaded); !s.ok()) return s;
   BatchingEngineOptions options;
+  options.on_device_lost = std::move(on_device_lost);
   options.kv_memory_bytes = KvMemoryBytes(config, *loaded);
   options.block_tokens = config.kv_cache.block_tokens;
   options.kv_format = loaded->kv_format;

@@ -50,9 +50,11 @@ size_t KvMemoryBytes(const Config& config, const LoadedModel& loaded);
 // Bytes of the cache that `sequences` of `tokens` each hold at most.
 size_t KvBytes(const KvCacheConfig& config, const LoadedModel& loaded, int64_t sequences, int64_t tokens);
 
-// `loaded` and `observer` (may be null) outlive the engine. Sets loaded->compression.
+// `loaded` and `observer` (may be null) outlive the engine. Sets loaded->compression. `on_device_lost`: of
+// BatchingEngineOptions.
 absl::StatusOr<std::unique_ptr<BatchingEngine>> MakeEngine(const Config& config, LoadedModel* loaded,
-                                                           EngineObserver* observer);
+                                                           EngineObserver* observer,
+                                                           std::function<void()> on_device_lost = nullptr);
 
 // A line on the model: dtype, device, KV budget in bytes, blocks and tokens, and the setting that changes it;
 // and one on compression: how far, and how many tokens of context fit exact and compressed.

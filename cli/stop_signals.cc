@@ -51,8 +51,14 @@ void StopSignals::Serving() {
 
 std::string StopSignals::Wait() {
   std::unique_lock<std::mutex> lock(mutex_);
-  stopped_.wait(lock, [this] { return first_ != 0; });
-  return NameOf(first_);
+  stopped_.wait(lock, [this] { return !first_.empty(); });
+  return first_;
+}
+
+void StopSignals::Stop(const std::string& reason) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (first_.empty()) first_ = reason;
+  stopped_.notify_all();
 }
 
 void StopSignals::Run() {
@@ -63,7 +69,7 @@ void StopSignals::Run() {
     std::lock_guard<std::mutex> lock(mutex_);
     if (done_) return;
     if (signal == kWake) continue;
-    if (first_ != 0) {
+    if (!first_.empty()) {
       spdlog::warn("stopping now: second signal={}", NameOf(signal));
       ExitNow(128 + signal);
     }
@@ -71,7 +77,7 @@ void StopSignals::Run() {
       spdlog::info("stopping signal={} while loading", NameOf(signal));
       ExitNow(0);
     }
-    first_ = signal;
+    first_ = NameOf(signal);
     stopped_.notify_all();
   }
 }

@@ -21,6 +21,8 @@ class StopSignals {
   // Waits for the first signal and returns its name. The second one ends the process at once, with exit code
   // 128 + signal.
   std::string Wait();
+  // As the first signal does, from any thread: Wait() returns `reason`.
+  void Stop(const std::string& reason);
 
  private:
   void Run();
@@ -29,7 +31,7 @@ class StopSignals {
   std::condition_variable stopped_;  // first_ is set
   bool serving_ = false;
   bool done_ = false;
-  int first_ = 0;  // the signal; 0: none yet
+  std::string first_;  // the signal's name, or the reason; "": none yet
   std::thread thread_;
 };
 

@@ -68,7 +68,8 @@ absl::Status Validate(const Config& config) {
   for (const Setting& setting : SettingsTable()) {
     const std::string problem = CheckSetting(setting, config);
     if (problem.empty()) continue;
-    absl::StrAppend(&problems, std::string(setting.key), ": ", FormatSetting(setting, config), " ", problem,
+    absl::StrAppend(&problems, std::string(setting.key), ": ",
+                    setting.secret ? "the value (not shown)" : FormatSetting(setting, config), " ", problem,
                     "\n");
   }
   CheckPorts(config.server, &problems);

@@ -23,7 +23,8 @@ constexpr int kMaxProblems = 20;       // reported at once
 // Strings of the standard library: absl::StrCat of this Abseil takes its own string_view type.
 std::string Str(std::string_view text) { return std::string(text); }
 
-std::string Shown(const SettingValue& value) {
+std::string Shown(const Setting& setting, const SettingValue& value) {
+  if (setting.secret) return "the value (not shown)";
   std::string out;
   for (const std::string& scalar : value.scalars) absl::StrAppend(&out, out.empty() ? "" : ", ", scalar);
   if (value.is_list) out = "[" + out + "]";
@@ -158,7 +159,7 @@ class Handler : public YAML::EventHandler {
     if (setting == nullptr) return Problem(mark, UnknownKey(path));
     if (!seen_.insert(path).second) return Problem(mark, absl::StrCat(path, " is set twice"));
     const std::string wrong = SetSetting(*setting, value, config_);
-    if (!wrong.empty()) Problem(mark, absl::StrCat(path, ": ", Shown(value), " ", wrong));
+    if (!wrong.empty()) Problem(mark, absl::StrCat(path, ": ", Shown(*setting, value), " ", wrong));
   }
 
   Depth depth_;
@@ -251,7 +252,7 @@ absl::Status ApplySetting(std::string_view assignment, Config* config) {
   const SettingValue value = handler.bare_value().value_or(SettingValue{false, {""}});
   const std::string wrong = SetSetting(*setting, value, config);
   if (wrong.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(source, ": ", Shown(value), " ", wrong));
+  return absl::InvalidArgumentError(absl::StrCat(source, ": ", Shown(*setting, value), " ", wrong));
 }
 
 std::vector<SettingHelp> AllSettings() {

@@ -33,6 +33,7 @@ struct Setting {
   SettingUnit unit = SettingUnit::kNone;       // integers: which suffixes are read and written
   std::vector<std::string_view> choices = {};  // strings: empty means any
   bool may_be_empty = false;                   // strings, and the elements of lists
+  bool secret = false;                         // no message shows the value
 };
 
 std::span<const Setting> SettingsTable();

@@ -172,6 +172,7 @@ bool AnswerStream::Finish(FinishReason reason, std::string message, Usage usage)
     StopChecker::Result rest =
         stops_.Append(detokenizer_->Flush(), completion_tokens_ >= sampling().min_tokens);
     if (!rest.stopped) rest.text += stops_.Flush();
+    if (rest.stopped && reason == FinishReason::kLength) reason = FinishReason::kStop;
     matched_stop_ = std::move(rest.matched);
     Send(std::move(rest.text), rest.stopped ? Release::kStarted : Release::kAll);
   }

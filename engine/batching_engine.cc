@@ -132,11 +132,13 @@ BatchingEngine::BatchingEngine(LlamaModel* model, const Tokenizer* tokenizer,
       tokenizer_(tokenizer),
       eos_(options.eos_token_ids),
       observer_(observer),
+      on_device_lost_(options.on_device_lost),
       vocab_size_(static_cast<int>(model->config().vocab_size)),
       max_positions_(MaxPositions(model->config())),
       kv_cache_(std::move(kv_cache)),
       plans_(std::move(plan), shape, options.override_settings),
-      queue_(options.max_waiting_requests),
+      queue_(options.max_waiting_requests,
+             int64_t{options.max_waiting_requests} + options.max_running_sequences),
       scheduler_(MakeSchedulerOptions(options, model->limits(), kv_cache_, max_positions_)),
       sample_rows_(vocab_size_),
       thread_([this] { Run(); }) {}
@@ -336,9 +338,17 @@ void BatchingEngine::Deliver(const Batch& batch, absl::Time now) {
 void BatchingEngine::Fail(const absl::Status& status) {
   spdlog::error("event=device_failed requests={} status=\"{}\"", queue_.active() - queue_.waiting(),
                 status.ToString());
-  scheduler_.FinishRunning(FinishReason::kError);
+  const bool lost = absl::IsUnavailable(status);
+  const std::string error = absl::StrCat("the device failed: ", status.message());
+  if (lost) {
+    queue_.Close(error);
+    scheduler_.FinishAll(FinishReason::kError);
+  } else {
+    scheduler_.FinishRunning(FinishReason::kError);
+  }
   scheduler_.DropPrefixCache();  // nobody knows what was written
-  EmitFinished(absl::StrCat("the device failed: ", status.message()));
+  EmitFinished(error);
+  if (lost && on_device_lost_ != nullptr) std::exchange(on_device_lost_, nullptr)();
 }
 
 void BatchingEngine::EmitFinished(const std::string& error) {

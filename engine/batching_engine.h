@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -39,6 +40,9 @@ struct BatchingEngineOptions {
   std::vector<TokenId> eos_token_ids;  // end an answer, unless it ignores them
   CompressionSettings compression;     // of requests that bring no override; the defaults compress nothing
   CompressionPlans::SettingsOf override_settings;  // of the others; null: they are refused
+  // Called once, on the engine's thread, when the device is lost: all requests have ended then, and no new
+  // one is taken. Must not block. May be null.
+  std::function<void()> on_device_lost;
 };
 
 class BatchingEngine : public Engine {
@@ -89,6 +93,7 @@ class BatchingEngine : public Engine {
   const Tokenizer* const tokenizer_;
   const std::vector<TokenId> eos_;
   EngineObserver* const observer_;
+  std::function<void()> on_device_lost_;  // null once called
   const int vocab_size_;
   const int max_positions_;
   const KvCache kv_cache_;

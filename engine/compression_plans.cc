@@ -63,7 +63,8 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> CompressionPlans::For(
   std::shared_ptr<const CompressionPlan> plan = known.plan.lock();
   if (plan == nullptr) {
     absl::StatusOr<std::shared_ptr<const CompressionPlan>> made = Make(asked);
-    known.error = made.status();
+    // What the server's own files are to blame for may be mended.
+    if (absl::IsInvalidArgument(made.status())) known.error = made.status();
     if (!made.ok()) return made;
     known.exact = *made == nullptr;
     if (known.exact) return made;

@@ -9,7 +9,6 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <optional>
-#include <stdexcept>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -18,6 +17,7 @@
 #include "absl/strings/str_join.h"
 #include "engine/gguf.h"
 #include "engine/gguf_config.h"
+#include "engine/json_depth.h"
 #include "engine/model_path.h"
 #include "engine/sampler.h"
 
@@ -120,11 +120,12 @@ absl::StatusOr<Json> ParseObject(std::string_view json, const std::string& sourc
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": expected at most ", kMaxFileBytes, " bytes, found ", json.size()));
   }
+  if (JsonDeeperThan(json, kMaxDepth)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": expected JSON nested at most ", kMaxDepth, " deep, found it deeper"));
+  }
   try {
-    Json document = Json::parse(json.begin(), json.end(), [](int depth, Json::parse_event_t, Json&) {
-      if (depth > kMaxDepth) throw std::length_error("depth");
-      return true;
-    });
+    Json document = Json::parse(json.begin(), json.end());
     if (document.is_object()) return document;
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": expected a JSON object, found ", Found(document)));
@@ -134,9 +135,6 @@ absl::StatusOr<Json> ParseObject(std::string_view json, const std::string& sourc
   } catch (const Json::exception&) {
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": expected valid JSON, found a number that no double can hold"));
-  } catch (const std::length_error&) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(source, ": expected JSON nested at most ", kMaxDepth, " deep, found it deeper"));
   }
 }
 

@@ -30,11 +30,18 @@ absl::StatusOr<RequestId> RequestQueue::Push(Request request, std::shared_ptr<Ou
   submission.plan = std::move(plan);
   submission.submitted = absl::Now();
   std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return absl::UnavailableError("the server is shutting down and takes no new requests");
+  if (closed_) return absl::UnavailableError(why_closed_);
   if (waiting_ >= max_waiting_) {
     return absl::ResourceExhaustedError(
         absl::StrCat(waiting_, " requests are waiting, as many as scheduler.max_waiting_requests (",
                      max_waiting_, ") allows; try again later"));
+  }
+  if (active_ >= max_active_) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(active_,
+                     " requests wait or have begun, preempted ones included, as many as "
+                     "scheduler.max_waiting_requests and scheduler.max_running_requests (",
+                     max_active_, " together) allow; try again later"));
   }
   const RequestId id = NextRequestId();
   submission.id = id;
@@ -64,6 +71,12 @@ absl::Status RequestQueue::Drain(absl::Duration timeout) {
   idle_.wait(lock, idle);
   return absl::DeadlineExceededError(absl::StrCat(rest, " requests were still running after ",
                                                   absl::FormatDuration(timeout), " and had to be ended"));
+}
+
+void RequestQueue::Close(std::string why) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  closed_ = true;
+  why_closed_ = std::move(why);
 }
 
 void RequestQueue::Stop() {

@@ -4,8 +4,11 @@
 #define ATP_ENGINE_REQUEST_QUEUE_H_
 
 #include <condition_variable>
+#include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -29,7 +32,9 @@ class RequestQueue {
  public:
   // `max_waiting` bounds the requests that were pushed and neither started nor ended: here or in the engine's
   // hands.
-  explicit RequestQueue(int max_waiting) : max_waiting_(max_waiting) {}
+  // `max_active`, those and the started ones: preempted ones wait, too, but are not counted again.
+  explicit RequestQueue(int max_waiting, int64_t max_active = std::numeric_limits<int64_t>::max())
+      : max_waiting_(max_waiting), max_active_(max_active) {}
 
   // --- any thread but the engine's ---
 
@@ -41,6 +46,8 @@ class RequestQueue {
   // waits for that, too). DeadlineExceeded, with the number, when there was a rest. Can be called again, by
   // many.
   absl::Status Drain(absl::Duration timeout);
+  // From now on Push() says Unavailable(why). Any thread, the engine's too.
+  void Close(std::string why);
   // Closes, and tells the engine to end everything and to leave. Returns at once.
   void Stop();
 
@@ -67,12 +74,14 @@ class RequestQueue {
   bool SomethingArrived() const { return !submissions_.empty() || !cancels_.empty() || end_all_ || stop_; }
 
   const int max_waiting_;
+  const int64_t max_active_;
   mutable std::mutex mutex_;
   std::condition_variable arrived_;
   std::condition_variable idle_;  // active_ is 0
   std::vector<Submission> submissions_;
   std::vector<RequestId> cancels_;
   bool closed_ = false;
+  std::string why_closed_ = "the server is shutting down and takes no new requests";
   bool end_all_ = false;
   bool stop_ = false;
   int waiting_ = 0;

@@ -245,7 +245,12 @@ void Scheduler::Preempt(Sequence* s) {
 bool Scheduler::WaitsForSibling(const Sequence& s) const {
   if (s.index_ == 0 || !options_.prefix_cache || s.scores_prompt()) return false;
   // What of the prompt can be shared: all but its last token, in full blocks.
-  const int shared = (s.prompt_tokens() - 1) / options_.block_tokens * options_.block_tokens;
+  int shared = (s.prompt_tokens() - 1) / options_.block_tokens * options_.block_tokens;
+  // Of a segment that is fitted or of low rank, all or nothing.
+  if (s.plan() != nullptr) {
+    const int segment = s.plan()->segment_tokens(), whole = shared / segment;
+    if (whole < std::max(s.fitted_segments_, s.low_rank_segments())) shared = whole * segment;
+  }
   return std::any_of(running_.begin(), running_.end(),
                      [&](const auto& r) { return r->id_ == s.id_ && r->position_ < shared; });
 }

@@ -26,11 +26,13 @@ StopChecker::StopChecker(std::vector<std::string> stops, bool include_stop_in_ou
 StopChecker::Result StopChecker::Append(std::string_view text, bool may_stop) {
   Result result;
   held_.append(text);
+  if (!may_stop) passed_ = held_.size();
   if (may_stop) {
     const std::string* best = nullptr;
     size_t best_end = std::string::npos;
     for (const std::string& stop : stops_) {
-      const size_t begin = held_.find(stop);
+      // What ends behind the text that was passed through.
+      const size_t begin = held_.find(stop, passed_ + 1 > stop.size() ? passed_ + 1 - stop.size() : 0);
       if (begin == std::string::npos) continue;
       const size_t end = begin + stop.size();
       if (best == nullptr || end < best_end || (end == best_end && stop.size() > best->size())) {
@@ -50,6 +52,7 @@ StopChecker::Result StopChecker::Append(std::string_view text, bool may_stop) {
   for (const std::string& stop : stops_) held = std::max(held, HeldLength(held_, stop));
   result.text = held_.substr(0, held_.size() - held);
   held_.erase(0, held_.size() - held);
+  passed_ -= std::min(passed_, result.text.size());
   return result;
 }
 

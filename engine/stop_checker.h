@@ -26,6 +26,7 @@ class StopChecker {
   std::vector<std::string> stops_;
   bool include_;
   std::string held_;
+  size_t passed_ = 0;  // bytes of held_ that came while matches were passed through
 };
 
 }  // namespace atp

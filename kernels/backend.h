@@ -97,6 +97,8 @@ class Backend {
   virtual void LowRankInput(const LowRankInputArgs& /*args*/) {}
   virtual void LowRankOutput(const LowRankOutputArgs& /*args*/) {}
 
+  // Waits for all ops. Internal: one of them failed, and its step is lost. Unavailable: the device is, for as
+  // long as the process lives.
   virtual absl::Status Synchronize() = 0;
 };
 

@@ -67,10 +67,11 @@ const char* Role(const ChatMessage& message) { return IsSystem(message) ? "syste
 
 absl::Status CheckRoles(const std::vector<ChatMessage>& messages) {
   if (messages.empty())
-    return absl::InvalidArgumentError("messages is empty; at least one message is needed");
+    return absl::InvalidArgumentError("messages: is empty; at least one message is needed");
   for (size_t i = 0; i < messages.size(); ++i) {
     if (IsSystem(messages[i]) || messages[i].role == "user" || messages[i].role == "assistant") continue;
-    return absl::InvalidArgumentError(absl::StrCat("messages[", i, "].role is '", messages[i].role,
+    return absl::InvalidArgumentError(absl::StrCat("messages[", i, "].role: is '",
+                                                   messages[i].role.substr(0, 64),
                                                    "'; it must be system, developer, user or assistant"));
   }
   return absl::OkStatus();
@@ -84,16 +85,16 @@ absl::Status CheckTurns(const std::vector<ChatMessage>& messages, const char* fo
     const char* expected = (i - first) % 2 == 0 ? "user" : "assistant";
     if (messages[i].role == expected) continue;
     return absl::InvalidArgumentError(absl::StrCat(
-        "messages[", i, "].role is '", messages[i].role, "', but the ", format, " chat template needs '",
+        "messages[", i, "].role: is '", messages[i].role, "', but the ", format, " chat template needs '",
         expected, "' there: an optional system message, then user and assistant in turn"));
   }
   if (first == messages.size()) {
-    return absl::InvalidArgumentError(absl::StrCat("messages[0] is a system message alone; the ", format,
-                                                   " chat template needs a user message after it"));
+    return absl::InvalidArgumentError(absl::StrCat("messages[0].role: is a system message's, alone; the ",
+                                                   format, " chat template needs a user message after it"));
   }
   if (add_generation_prompt && messages.back().role != "user") {
     return absl::InvalidArgumentError(
-        absl::StrCat("messages[", messages.size() - 1, "].role is 'assistant'; the ", format,
+        absl::StrCat("messages[", messages.size() - 1, "].role: is 'assistant'; the ", format,
                      " chat template answers a user message, which must come last"));
   }
   return absl::OkStatus();

@@ -96,6 +96,13 @@ absl::StatusOr<std::shared_ptr<CompletionAnswer>> CompletionAnswer::Start(Genera
 
 absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& request_id,
                                       absl::Time deadline) {
+  // More would be told to try again for ever.
+  const int most = service_->config().scheduler.max_waiting_requests;
+  if (call.prompts.size() > static_cast<size_t>(most)) {
+    return absl::InvalidArgumentError(absl::StrCat("prompt: ", call.prompts.size(), " prompts are more than the ", most,
+                                                   " that may wait (scheduler.max_waiting_requests)"));
+  }
+  int64_t scored = 0;
   for (size_t i = 0; i < call.prompts.size(); ++i) {
     GenerateInput input;
     input.model = call.model;
@@ -112,6 +119,8 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
         std::move(input), std::make_shared<PromptSink>(shared_from_this(), static_cast<int>(i)));
     if (!submitted.ok()) return submitted.status();
     ids_.push_back(submitted->id);
+    scored += submitted->scored;
+    if (absl::Status s = GenerateService::CheckScored(scored); !s.ok()) return s;
   }
   return absl::OkStatus();
 }

@@ -46,6 +46,10 @@ absl::Status CheckLimits(const SamplingParams& sampling, const LimitsConfig& lim
   return absl::OkStatus();
 }
 
+// Candidates that a scored prompt may bring: all of it stays in memory until the answer is whole, some 100
+// bytes each.
+constexpr int64_t kMaxScored = 1 << 20;
+
 // The form that generate_service.h promises: the field and a colon first, whoever found the fault.
 absl::Status WithField(const absl::Status& status, std::string_view field) {
   const absl::string_view message = status.message();
@@ -91,10 +95,17 @@ GenerateService::GenerateService(Engine* engine, const Tokenizer* tokenizer, Cha
       model_(std::move(model)),
       config_(config) {}
 
+absl::Status GenerateService::CheckScored(int64_t scored) {
+  if (scored <= kMaxScored) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "logprobs: of all prompts' tokens, with echo, times n, times one more than logprobs, are ", scored,
+      " candidates; at most ", kMaxScored, " are scored in one call: send fewer prompts at once"));
+}
+
 absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::shared_ptr<OutputSink> sink) {
   if (!input.model.empty() && input.model != model_.id) {
-    return absl::NotFoundError(
-        absl::StrCat("model: '", input.model, "' is not served here; this server serves '", model_.id, "'"));
+    return absl::NotFoundError(absl::StrCat("model: '", input.model.substr(0, 128),
+                                            "' is not served here; this server serves '", model_.id, "'"));
   }
   if (absl::Status s = CheckLimits(input.sampling, config_.limits); !s.ok()) return s;
   if (absl::Status s = CheckCompression(input.compression, config_.atp); !s.ok()) return s;
@@ -106,6 +117,10 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   if (!prompt.ok()) return prompt.status();
   request.prompt = *std::move(prompt);
   const int prompt_tokens = static_cast<int>(request.prompt.size());
+  const int64_t scored = input.echo && request.sampling.logprobs
+                             ? int64_t{prompt_tokens} * request.sampling.n * (1 + *request.sampling.logprobs)
+                             : 0;
+  if (absl::Status s = CheckScored(scored); !s.ok()) return s;
   if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input, &request.sampling); !s.ok()) return s;
   if (is_chat) AddTemplateStops(&request.sampling);  // after the limits, which are for what the client sent
   if (absl::Status s = CheckSampling(request.sampling, model_.vocab_size); !s.ok()) return s;
@@ -120,7 +135,7 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   }
   absl::StatusOr<RequestId> id = engine_->Submit(std::move(request), std::move(sink));
   if (!id.ok()) return WithField(id.status(), is_chat ? "messages" : "prompt");
-  return Submitted{*id, prompt_tokens};
+  return Submitted{*id, prompt_tokens, scored};
 }
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptInput& prompt,
@@ -160,7 +175,7 @@ absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, cons
                                            SamplingParams* sampling) const {
   const int room = model_.max_context_tokens - prompt_tokens;
   if (room < 0 || (room == 0 && !(input.max_tokens_given && sampling->max_tokens == 0))) {
-    return absl::InvalidArgumentError(absl::StrCat(
+    return absl::OutOfRangeError(absl::StrCat(
         is_chat ? "messages" : "prompt", ": has ", prompt_tokens, " tokens, but the model's context is ",
         model_.max_context_tokens, " tokens for prompt and answer together; shorten it"));
   }

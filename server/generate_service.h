@@ -52,6 +52,7 @@ struct GenerateInput {
 struct Submitted {
   RequestId id = 0;
   int prompt_tokens = 0;
+  int64_t scored = 0;  // log probabilities of its prompt, all answers and candidates together
 };
 
 class GenerateService {
@@ -60,10 +61,12 @@ class GenerateService {
   GenerateService(Engine* engine, const Tokenizer* tokenizer, ChatTemplate chat_template, ServedModel model,
                   const Config& config);
 
-  // Statuses as Engine::Submit, and NotFound for another model. InvalidArgument messages begin with the
-  // field's OpenAI name and a colon ("temperature: must be in [0, 100], got -1"), so that front ends can fill
-  // in `param`.
+  // Statuses as Engine::Submit, NotFound for another model, and OutOfRange for a prompt that leaves no room.
+  // InvalidArgument messages begin with the field's OpenAI name and a colon ("temperature: must be in [0,
+  // 100], got -1"), so that front ends can fill in `param`.
   absl::StatusOr<Submitted> Generate(GenerateInput input, std::shared_ptr<OutputSink> sink);
+  // Whether one call may ask for so many log probabilities of prompts.
+  static absl::Status CheckScored(int64_t scored);
   void Cancel(RequestId id) { engine_->Cancel(id); }
 
   absl::StatusOr<std::vector<TokenId>> Tokenize(std::string_view text, bool add_special) const;

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
@@ -63,14 +64,18 @@ grpc::Status GrpcCall::End(const absl::Status& status) {
     const int64_t wait_ms = std::max<int64_t>(1, absl::ToInt64Milliseconds(front_end_.service->RetryAfter()));
     context_->AddTrailingMetadata("retry-after-ms", absl::StrCat(wait_ms));
   }
-  const std::string code = absl::StatusCodeToString(status.code());
+  const std::string code = absl::StatusCodeToString(
+      absl::IsOutOfRange(status) ? absl::StatusCode::kInvalidArgument : status.code());
   front_end_.metrics->OnResponse("grpc", route_, code, duration);
   const bool is_our_fault = status.code() == absl::StatusCode::kInternal;
   spdlog::log(is_our_fault ? spdlog::level::err : spdlog::level::debug,
               "grpc route={} code={} request_id={} duration_ms={} message=\"{}\"", route_, code, request_id_,
-              absl::ToInt64Milliseconds(duration), std::string(status.message()));
+              absl::ToInt64Milliseconds(duration), absl::CEscape(status.message()));
   if (status.ok()) return grpc::Status::OK;
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
+  const bool invalid = absl::IsOutOfRange(status);  // REST tells the two apart
+  return grpc::Status(
+      invalid ? grpc::StatusCode::INVALID_ARGUMENT : static_cast<grpc::StatusCode>(status.code()),
+      std::string(status.message()));
 }
 
 }  // namespace atp

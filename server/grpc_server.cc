@@ -139,6 +139,9 @@ void LogGrpcLine(gpr_log_func_args* args) {
               "grpc_library file={} line={} message=\"{}\"", args->file, args->line, args->message);
 }
 
+constexpr size_t kQuotaBytes = size_t{256}
+                               << 20;  // of gRPC's own buffers, besides 16 of the largest messages
+
 int ClampToInt(int64_t value) {
   return static_cast<int>(std::clamp<int64_t>(value, 0, std::numeric_limits<int>::max()));
 }
@@ -153,12 +156,18 @@ void SetLimits(const ServerConfig& config, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000);
+  // As many calls at once as HTTP has connections, on each of its connections; idle ones are closed, as
+  // HTTP's are. All messages that are not whole yet share the quota: a client that stops in the middle of
+  // each holds no more than that.
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_connections);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, ClampToInt(config.idle_timeout_ms));
   // Reflection is the one service of gRPC's own that is served by threads; a few are enough for it.
   builder->SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::MIN_POLLERS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::MAX_POLLERS, 2);
   grpc::ResourceQuota quota("atp");
   quota.SetMaxThreads(16);
+  quota.Resize(kQuotaBytes + 16 * static_cast<size_t>(std::max<int64_t>(0, config.max_body_bytes)));
   builder->SetResourceQuota(quota);
 }
 

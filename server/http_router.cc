@@ -25,10 +25,10 @@ HttpResponse Json(std::string body) {
   return response;
 }
 
-HttpResponse ErrorResponse(int status, std::string_view message) {
+HttpResponse ErrorResponse(int status, std::string_view message, const char* code = nullptr) {
   HttpResponse response;
   response.status = status;
-  response.body = RenderError(status, message);
+  response.body = RenderError(status, message, code);
   return response;
 }
 
@@ -58,10 +58,13 @@ absl::StatusOr<absl::Time> DeadlineOf(const HttpRequest& request) {
   return absl::Now() + absl::Milliseconds(milliseconds);
 }
 
+constexpr size_t kMaxShownBytes = 128;  // of a client's text, in an error
+
 absl::Status CheckModel(const GenerateService& service, const std::string& model) {
   if (model.empty() || model == service.model().id) return absl::OkStatus();
-  return absl::NotFoundError(
-      absl::StrCat("model: '", model, "' is not served here; this server serves '", service.model().id, "'"));
+  return absl::NotFoundError(absl::StrCat("model: '", model.substr(0, kMaxShownBytes),
+                                          "' is not served here; this server serves '", service.model().id,
+                                          "'"));
 }
 
 ModelCard CardOf(const ServedModel& model) {
@@ -207,7 +210,10 @@ HttpResponse HttpRouter::Preflight(const HttpRequest& request, std::string_view 
 
 HttpResponse HttpRouter::Error(const absl::Status& status, const GenerateService* service) const {
   const int http_status = HttpStatusOf(status);
-  HttpResponse response = ErrorResponse(http_status, {status.message().data(), status.message().size()});
+  // OpenAI's word for it, by which clients know that they must shorten their prompt.
+  const char* code = absl::IsOutOfRange(status) ? "context_length_exceeded" : nullptr;
+  HttpResponse response =
+      ErrorResponse(http_status, {status.message().data(), status.message().size()}, code);
   if (http_status == 429 || http_status == 503) {
     const absl::Duration wait = service == nullptr ? absl::Seconds(1) : service->RetryAfter();
     const int64_t seconds = std::max<int64_t>(1, absl::ToInt64Seconds(absl::Ceil(wait, absl::Seconds(1))));

@@ -305,6 +305,13 @@ void HttpSession::Dispatch() {
   if (http11_ && message.count(http::field::host) != 1) {
     return Refuse(std::move(request), 400, "exactly one Host header is needed");
   }
+  // Any other coding would leave it open where the body ends, and a proxy before us might think otherwise
+  // (RFC 9112, 6.3).
+  const auto coding = message.find(http::field::transfer_encoding);
+  if (coding != message.end() && (message.count(http::field::transfer_encoding) != 1 ||
+                                  !boost::beast::iequals(coding->value(), "chunked"))) {
+    return Refuse(std::move(request), 400, "Transfer-Encoding: only chunked is understood");
+  }
   request.body = std::move(message.body());
   Routed routed = owner_.router().Route(request, [weak = weak_from_this()] {
     if (std::shared_ptr<HttpSession> self = weak.lock()) self->Wake();

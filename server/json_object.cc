@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/json_depth.h"
 
 namespace atp {
 namespace {
@@ -16,37 +17,33 @@ constexpr int kMaxDepth = 32;
 
 absl::string_view ToAbsl(std::string_view text) { return {text.data(), text.size()}; }
 
-// Counted before parsing, so that no parser, copy or destructor ever meets hostile nesting.
-bool DeeperThan(std::string_view text, int max_depth) {
-  int depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '{' || c == '[') {
-      if (++depth > max_depth) return true;
-    } else if (c == '}' || c == ']') {
-      --depth;
-    }
-  }
-  return false;
-}
-
-// Notices a key that an object has twice: which one counts would depend on who reads it.
-class DuplicateKeys {
+// Notices a key that an object has twice: which one counts would depend on who reads it. Errors are the
+// parser's to find. (As a callback of the parser this would make it walk all elements so far at each object's
+// end.)
+class DuplicateKeys : public nlohmann::json_sax<json> {
  public:
-  bool operator()(int /*depth*/, json::parse_event_t event, json& parsed) {
-    if (event == json::parse_event_t::object_start) keys_.emplace_back();
-    if (event == json::parse_event_t::object_end && !keys_.empty()) keys_.pop_back();
-    if (event == json::parse_event_t::key && !keys_.empty()) {
-      const std::string& key = parsed.get_ref<const std::string&>();
-      if (!keys_.back().insert(key).second && !found_) found_ = key;
-    }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(int64_t) override { return true; }
+  bool number_unsigned(uint64_t) override { return true; }
+  bool number_float(double, const std::string&) override { return true; }
+  bool string(std::string&) override { return true; }
+  bool binary(json::binary_t&) override { return true; }
+  bool start_array(size_t) override { return true; }
+  bool end_array() override { return true; }
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+  bool start_object(size_t) override {
+    keys_.emplace_back();
     return true;
+  }
+  bool end_object() override {
+    keys_.pop_back();
+    return true;
+  }
+  bool key(std::string& key) override {
+    if (keys_.back().insert(key).second) return true;
+    found_ = key;
+    return false;
   }
   const std::optional<std::string>& found() const { return found_; }
 
@@ -59,13 +56,14 @@ class DuplicateKeys {
 
 absl::StatusOr<json> ParseJsonObject(std::string_view text) {
   if (text.empty()) return absl::InvalidArgumentError("the body is empty; send a JSON object");
-  if (DeeperThan(text, kMaxDepth)) {
+  if (JsonDeeperThan(text, kMaxDepth)) {
     return absl::InvalidArgumentError(
         absl::StrCat("the body is nested more than ", kMaxDepth, " levels deep"));
   }
-  DuplicateKeys duplicates;
   try {
-    json parsed = json::parse(text.begin(), text.end(), std::ref(duplicates));
+    json parsed = json::parse(text.begin(), text.end());
+    DuplicateKeys duplicates;
+    json::sax_parse(text.begin(), text.end(), &duplicates);
     if (duplicates.found()) {
       return absl::InvalidArgumentError(absl::StrCat(duplicates.found()->substr(0, 64), ": is given twice"));
     }
@@ -235,6 +233,7 @@ void JsonObject::Refuse(std::initializer_list<std::string_view> names) const {
     const json* found = Find(name);
     if (found == nullptr || (found->is_boolean() && !found->get<bool>())) continue;
     if ((found->is_array() || found->is_object()) && found->empty()) continue;
+    if (*found == 0 || *found == "") continue;  // llama-server's own clients send these for "off"
     Fail(name, "is not supported by this server; leave it out");
   }
 }

@@ -95,8 +95,8 @@ struct ChoicePiece {
 };
 
 // {"error":{"message","type","param","code"}}. `param` is what comes before the first ": " of the message,
-// where that is a field's name. `status` is the HTTP status, which gives type and code.
-std::string RenderError(int http_status, std::string_view message);
+// where that is a field's name. The HTTP status gives type and code, where none is given.
+std::string RenderError(int http_status, std::string_view message, const char* code = nullptr);
 int HttpStatusOf(const absl::Status& status);
 
 // Chunks of a stream, without SSE framing. A chat's first chunk of a choice is its role.

@@ -97,8 +97,26 @@ void ReadCommon(const JsonObject& body, absl::Status* status, const LimitsConfig
     JsonObject(options, &status).Read("include_usage", &call->include_usage);
     if (!status.ok()) body.Fail("stream_options.include_usage", "must be true or false");
   }
-  body.Refuse({"use_beam_search", "prompt_logprobs", "guided_json", "guided_regex", "guided_choice",
-               "guided_grammar", "structured_outputs", "logits_processors"});
+  body.Refuse({"use_beam_search",
+               "prompt_logprobs",
+               "guided_json",
+               "guided_regex",
+               "guided_choice",
+               "guided_grammar",
+               "structured_outputs",
+               "logits_processors",
+               "allowed_token_ids",
+               "bad_words",
+               "truncate_prompt_tokens",
+               "chat_template",
+               "chat_template_kwargs",
+               "documents",
+               "prompt_embeds",
+               "grammar",
+               "json_schema",
+               "mirostat",
+               "dry_multiplier",
+               "xtc_probability"});
   if (const json* format = body.Find("response_format"); format != nullptr) {
     const bool text = format->is_object() && format->value("type", json()) == json("text");
     if (!text) body.Fail("response_format", "only {\"type\": \"text\"} is supported by this server");

@@ -220,7 +220,7 @@ int HttpStatusOf(const absl::Status& status) {
   }
 }
 
-std::string RenderError(int http_status, std::string_view message) {
+std::string RenderError(int http_status, std::string_view message, const char* given_code) {
   const size_t colon = message.find(": ");
   ordered_json param = nullptr;
   if (http_status < 500 && colon != std::string_view::npos && IsFieldName(message.substr(0, colon))) {
@@ -229,6 +229,7 @@ std::string RenderError(int http_status, std::string_view message) {
   const ErrorKind kind = KindOf(http_status);
   ordered_json code = kind.code == nullptr ? ordered_json(nullptr) : ordered_json(kind.code);
   if (http_status == 404 && param == "model") code = "model_not_found";
+  if (given_code != nullptr) code = given_code;
   return Dump({{"error",
                 {{"message", std::string(message)}, {"type", kind.type}, {"param", param}, {"code", code}}}});
 }

@@ -94,7 +94,8 @@ __device__ __forceinline__ void LoadQueries(const Shape& shape, const SequenceTa
         x[i] = mine;
         if (!whole) continue;
         const float other = element(kHalf * (1 - half) + 4 * i + t);
-        x[i] = (half == 0 ? mine + other : other - mine) * 0.70710678f;
+        // Rounded before what follows adds to it, in every kernel.
+        x[i] = __fmul_rn(half == 0 ? mine + other : other - mine, 0.70710678f);
       }
       if constexpr (RotatesKeys(kFormat)) WarpWalshHadamard<4>(x, whole ? kHalf : shape.head_dim);
 #pragma unroll

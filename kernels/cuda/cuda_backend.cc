@@ -265,6 +265,9 @@ class CudaBackend final : public Backend {
                                                 " (CUDA_LAUNCH_BLOCKING=1 in the environment names the op)"));
     }
     ops_ = 0;
+    // An illegal address or a broken memory stays with the process: every later call says the same.
+    if (!status.ok() && cudaStreamSynchronize(context_.stream) != cudaSuccess)
+      return absl::UnavailableError(absl::StrCat(status.message(), "; the device is lost to this process"));
     return status;
   }
 
@@ -290,6 +293,8 @@ class CudaBackend final : public Backend {
   }
 
   absl::Status OutOfMemory(size_t bytes, cudaError_t error) const {
+    if (error != cudaErrorMemoryAllocation)  // of something before, which more memory does not mend
+      return absl::InternalError(absl::StrCat("cuda: allocating ", bytes, " bytes: ", Text(error)));
     cudaGetLastError();  // it was ours; do not let a later op report it
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);

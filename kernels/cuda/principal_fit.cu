@@ -41,20 +41,20 @@ __device__ __forceinline__ float LogMassOf(const EntryPlace& place) {
   return reinterpret_cast<const float*>(place.block + place.page->log_mass_offset)[place.entry];
 }
 
-// Grid: (jobs), one warp. Lists the entries that are not padding.
+// Grid: (1, jobs), one warp. Lists the entries that are not padding.
 __global__ void ListEntries(const FitJob* jobs, const FitShape shape) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   const float padding = __int_as_float(static_cast<int>(0xff800000u));
   const int n =
       ListWhere(job.entries, job.source, [&](int i) { return LogMassOf(PlaceOf(job, shape, i)) != padding; });
   if (threadIdx.x == 0) *job.result = {n, 0, 0.0};
 }
 
-// Grid: (jobs, kGatherBlocks). Keys, values and log masses, and each kept query rotated to the position it is
+// Grid: (kGatherBlocks, jobs). Keys, values and log masses, and each kept query rotated to the position it is
 // asked from and scaled by 1/sqrt(d).
 __global__ void __launch_bounds__(kFitThreads) Gather(const FitJob* jobs, const FitShape shape) {
-  const FitJob& job = jobs[blockIdx.x];
-  const int first = static_cast<int>(blockIdx.y) * kFitThreads + static_cast<int>(threadIdx.x);
+  const FitJob& job = jobs[blockIdx.y];
+  const int first = static_cast<int>(blockIdx.x) * kFitThreads + static_cast<int>(threadIdx.x);
   constexpr int kStride = kGatherBlocks * kFitThreads;
   const int n = job.result->n, d = shape.head_dim, half = d / 2;
   const int lane = first % kWarpSize;
@@ -124,12 +124,13 @@ __device__ __forceinline__ Product ProductOf(const FitJob& job, int d, Step step
   return {{job.share, 1, m}, {job.shift, 1, d}, m, d, r, job.residual, -1, job.error};
 }
 
-// Grid: (jobs, tiles of the first and then of the second product).
+// Grid: (tiles of the first and then of the second product, jobs): a device takes more than 65,535 of the
+// former.
 __global__ void __launch_bounds__(kProductThreads)
     Multiply(const FitJob* jobs, int head_dim, Step first, Step second, bool both) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   if (Keeps(job)) return;
-  int tile = static_cast<int>(blockIdx.y);
+  int tile = static_cast<int>(blockIdx.x);
   Product product = ProductOf(job, head_dim, first);
   const int tiles = TilesOf(product.size_a, product.size_b);
   if (tile >= tiles) {
@@ -141,16 +142,16 @@ __global__ void __launch_bounds__(kProductThreads)
   MultiplyTile(product, tile);
 }
 
-// Grid: (jobs, m / kSoftmaxQueries). Scores plus log masses become attention, in place: softmax over entries.
+// Grid: (m / kSoftmaxQueries, jobs). Scores plus log masses become attention, in place: softmax over entries.
 __global__ void __launch_bounds__(kFitThreads) Softmax(const FitJob* jobs) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   if (Keeps(job)) return;
   SharedArena arena;
   const Shared<double> room = arena.Take<double>(kFitThreads);
   const int n = job.result->n, m = job.m;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
             warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int q = static_cast<int>(blockIdx.y) * kSoftmaxQueries + lane;
+  const int q = static_cast<int>(blockIdx.x) * kSoftmaxQueries + lane;
   const bool there = q < m;
   double top = -1e308;
   for (int i = warp; there && i < n; i += kFitWarps) {
@@ -181,9 +182,9 @@ __device__ __forceinline__ FitShared TakeShared(SharedArena& arena) {
 }
 constexpr size_t kFitShared = SharedBytes<double>(kFitWarps) + SharedBytes<int32_t>(kFitWarps);
 
-// Grid: (jobs). Pivots, masses and shares.
+// Grid: (1, jobs). Pivots, masses and shares.
 __global__ void __launch_bounds__(kFitThreads) Choose(const FitJob* jobs, int d) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   if (Keeps(job)) return;
   SharedArena arena;
   const FitShared shared = TakeShared(arena);
@@ -202,9 +203,9 @@ __global__ void __launch_bounds__(kFitThreads) Choose(const FitJob* jobs, int d)
   Shares(job, r, shared);
 }
 
-// Grid: (jobs).
+// Grid: (1, jobs).
 __global__ void __launch_bounds__(kFitThreads) Solve(const FitJob* jobs, int d) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   if (Keeps(job)) return;
   SharedArena arena;
   const FitShared shared = TakeShared(arena);
@@ -217,9 +218,9 @@ __global__ void __launch_bounds__(kFitThreads) Solve(const FitJob* jobs, int d) 
   if (threadIdx.x == 0) job.result->solved = solved && wrong == 0;
 }
 
-// Grid: (jobs). Keys for pages of integers: transformed and rounded, their scales in job.norms.
+// Grid: (1, jobs). Keys for pages of integers: transformed and rounded, their scales in job.norms.
 __global__ void __launch_bounds__(kFitThreads) RoundKeys(const FitJob* jobs, int d) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   if (!RotatesKeys(job.page.format)) return;
   SharedArena arena;
   PrepareRounding(job, d, arena.Take<double>(kFitWarps));
@@ -241,11 +242,11 @@ __global__ void __launch_bounds__(kFitThreads) RoundKeys(const FitJob* jobs, int
   }
 }
 
-// Grid: (jobs). The report, and the entries into their pages. Degenerate input ends as the chosen keys with
-// their own values, each standing for n/r entries.
+// Grid: (1, jobs). The report, and the entries into their pages. Degenerate input ends as the chosen keys
+// with their own values, each standing for n/r entries.
 __global__ void __launch_bounds__(kFitThreads, 1)
     Finish(const FitJob* jobs, const FitShape shape, PrincipalFitReport* reports) {
-  const FitJob& job = jobs[blockIdx.x];
+  const FitJob& job = jobs[blockIdx.y];
   SharedArena arena;
   const FitShared shared = TakeShared(arena);
   const int me = static_cast<int>(threadIdx.x), d = shape.head_dim, n = job.result->n;
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kFitThreads, 1)
   error = BlockSum(error, shared.sums);
   norm = BlockSum(norm, shared.sums);
   if (me == 0) {
-    PrincipalFitReport& report = reports[blockIdx.x];
+    PrincipalFitReport& report = reports[blockIdx.y];
     report.mass_residual = fitted ? static_cast<float>(sqrt(job.result->mass_error / job.m)) : 0.0f;
     report.output_residual = fitted ? static_cast<float>(sqrt(error / fmax(norm, 1e-30))) : 0.0f;
     report.fitted = fitted;
@@ -363,7 +364,7 @@ cudaError_t RunSteps(const OpContext& context, const FitJob* jobs, unsigned coun
   const auto launch = [&](const char* name, auto kernel, int blocks, int threads, size_t bytes,
                           const auto&... arguments) {
     if (error != cudaSuccess) return;
-    error = Launch(name, kernel, dim3(count, static_cast<unsigned>(blocks)),
+    error = Launch(name, kernel, dim3(static_cast<unsigned>(blocks), count),
                    dim3(static_cast<unsigned>(threads)), bytes, context.stream, jobs, arguments...);
   };
   const auto multiply = [&](Step first, Step second, int tiles) {

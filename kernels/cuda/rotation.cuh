@@ -8,7 +8,7 @@
 namespace atp::cuda {
 
 // cos and sin of position · inverse_frequency: of half turns as a double in [-1, 1], where what the nearest
-// float leaves of it is a first-order correction.
+// float leaves of it is a first-order correction. Written out, so that all kernels round alike.
 __device__ __forceinline__ float2 RotationOf(int32_t position, float inverse_frequency) {
   constexpr double kTurnsPerRadian = 0.15915494309189533577;
   constexpr float kPi = 3.14159265358979323846f;
@@ -19,10 +19,10 @@ __device__ __forceinline__ float2 RotationOf(int32_t position, float inverse_fre
   const float tail = static_cast<float>(half_turns - static_cast<double>(head)) * kPi;
   float sine, cosine;
   sincospif(head, &sine, &cosine);
-  return make_float2(cosine - tail * sine, sine + tail * cosine);
+  return make_float2(fmaf(-tail, sine, cosine), fmaf(tail, cosine, sine));
 }
 
-// The pair (a, b), rotated: written out, so that all kernels round alike.
+// The pair (a, b), rotated; written out for the same reason.
 __device__ __forceinline__ float2 Rotated(float a, float b, float cosine, float sine) {
   return make_float2(fmaf(a, cosine, -__fmul_rn(b, sine)), fmaf(b, cosine, __fmul_rn(a, sine)));
 }

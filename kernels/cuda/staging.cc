@@ -72,6 +72,7 @@ Staging::Table Staging::Area::Take(size_t bytes, cudaError_t* error) {
   const size_t wanted = SizeClass(bytes);
   if (chunks_.empty() || chunks_.back().used + wanted > chunks_.back().bytes) {
     *error = Grow(std::max(wanted, chunks_.empty() ? kSmallest : 2 * chunks_.back().bytes));
+    if (*error == cudaErrorMemoryAllocation) *error = Grow(wanted);
     if (*error != cudaSuccess) return {};
   }
   Chunk& chunk = chunks_.back();

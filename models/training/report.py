@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--text", required=True, type=pathlib.Path)
     parser.add_argument("--model", required=True, type=pathlib.Path, action="append")
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--distances", default="64,256,480,1000,1500,2000")
     parser.add_argument("--log", type=pathlib.Path)
     parser.add_argument("--picture", type=pathlib.Path)

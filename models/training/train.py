@@ -37,7 +37,7 @@ from torch import nn
 BOS = 1
 NEAR = 60  # tokens: nearer spans do not come again, or text would run in circles
 # Share of the run until: shares of rows that are echoes, and that have spans.
-MIX = ((0.06, 0.5, 0.1), (0.5, 0.2, 0.1), (0.85, 0.1, 0.55), (1, 0.05, 0.35))
+MIX = ((0.06, 0.5, 0.1), (0.5, 0.2, 0.1), (0.85, 0.1, 0.55), (1, 0.05, 0.5))
 DECAY = 0.6       # last share of the run in which the learning rate falls
 DIALOGUE = 0.20   # last share of the run with conversations in it
 # Only pairs of dimensions that turn by less than a radian in the whole context can match a key wherever it stands: 19 of
@@ -165,26 +165,29 @@ class Data:
         return self.train[at:at + length].astype(np.int64)
 
     def span(self, rng, ids, scored):
-        """Spans come again, one to many of them: predictable only by who remembers them. Half of them at all distances
-        alike, half at all places alike, of which some are early in the row. From front to back, so that no source is
-        overwritten by a later span. Where a span begins or ends nothing can be known; of the other tokens as many are
-        scored as keeps half of what is learnt recall."""
+        """Spans come again, one to many of them: predictable only by who remembers them. Two fifths of them at all
+        distances alike, two fifths at all places alike, of which some are early in the row, and a fifth from its very
+        beginning. From front to back, so that no source is overwritten by a later span. Where a span begins, and behind
+        its end, little can be known; of the other tokens few are scored, so that most of what is learnt is recall."""
         pairs = []  # where to, from how far
         # In most rows few: who sees that much is repeated trusts the next match, and must not need to.
         count = int(math.exp(rng.uniform(0, math.log(len(ids) / 64))))
-        scored[:] = rng.random(len(ids)) < count / 32
+        scored[:] = rng.random(len(ids)) < count / 64
         for kind in rng.random(count):
-            if kind < 0.5:
+            if kind > 0.8:  # the sink is near there, and takes more of what such sources should have
+                at = int(rng.integers(NEAR + 49, len(ids) - 16))
+                pairs.append((at, at - int(rng.integers(1, 48))))
+            elif kind < 0.4:
                 distance = int(rng.integers(NEAR, len(ids) - 17))
                 pairs.append((int(rng.integers(distance + 1, len(ids) - 16)), distance))
             else:
-                at = int(rng.integers(NEAR + 17, min(256, len(ids)) if kind < 0.65 else len(ids)) - 16)
+                at = int(rng.integers(NEAR + 17, min(256, len(ids)) if kind < 0.5 else len(ids)) - 16)
                 pairs.append((at, int(rng.integers(NEAR, at))))
         for at, distance in sorted(pairs):
             length = min(int(rng.integers(16, 97)), len(ids) - at, distance)
             ids[at:at + length] = ids[at - distance:at - distance + length]
             scored[at:at + length] = True
-            scored[[at, min(at + length, len(ids) - 1)]] = False
+            scored[at:at + 3] = scored[min(at + length, len(ids) - 1)] = False
 
     def echo(self, rng, ids, scored):
         """Spans of what stands before, after a head of text or of random pieces; what cannot be known is not scored."""
@@ -246,11 +249,11 @@ class Data:
                 self.conversation(rng, ids)
             elif kind > 0.90:
                 self.key_values(rng, ids, score)
-            elif kind > 0.75:
+            elif kind > 0.85:
                 self.circle(rng, ids, score)
-            elif kind > 0.75 - spans:
+            elif kind > 0.85 - spans:
                 self.span(rng, ids, score)
-            elif kind > 0.75 - spans - echoes:
+            elif kind > 0.85 - spans - echoes:
                 self.echo(rng, ids, score)
         scored = scored[:, 1:]
         weights = (scored / np.maximum(scored.sum(1, keepdims=True), 1) / count).astype(np.float32)
@@ -348,7 +351,7 @@ def export(model, data_dir, out, data):
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     # Without the penalty a third of a text's word 6-grams are repeated ones, with it a twelfth (README.md here).
     generation_config = {"bos_token_id": 1, "eos_token_id": [2, data.tokenizer.piece_to_id("<|im_end|>")],
-                         "do_sample": True, "temperature": 0.8, "repetition_penalty": 1.1}
+                         "do_sample": True, "temperature": 0.8, "repetition_penalty": 1.15}
     (out / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
     shutil.copy(data_dir / "tokenizer.model", out / "tokenizer.model")
     np.save(out / "eval_ids.npy", data.validation(4, s.context).numpy()[:, :512].astype(np.int64))

@@ -118,7 +118,8 @@ TEST(ConfigLoader, ErrorsNameFileLineKeyValueAndWhatIsAllowed) {
   EXPECT_EQ(ErrorOf("kv_cache:\n  memory_fraction: 0\n"),
             "f.yaml:2: kv_cache.memory_fraction: 0 is not a number in (0, 0.95]");
   EXPECT_EQ(ErrorOf("server:\n  api_keys: abc\n"),
-            "f.yaml:2: server.api_keys: abc is not a list of texts that are not empty, as [a, b]");
+            "f.yaml:2: server.api_keys: the value (not shown) is not a list of texts that are not empty, as "
+            "[a, b]");
   EXPECT_EQ(ErrorOf("server:\n  host: [a, b]\n"),
             "f.yaml:2: server.host: [a, b] is not one line of text, not empty");
   EXPECT_THAT(ErrorOf("server:\n  host:\n"), HasSubstr("server.host has no value"));

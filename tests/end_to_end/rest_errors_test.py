@@ -86,8 +86,14 @@ class Errors(unittest.TestCase):
         positions = model_config()["max_position_embeddings"]
         error = self.assert_error(post(server, "/v1/completions", {"model": MODEL, "prompt": "word " * 2 * positions}), 400)
         self.assertRegex(error["message"], rf"\b{positions}\b")
+        self.assertEqual(error["code"], "context_length_exceeded")
         ids = [5] * 10 + [10 ** 6]
         self.assert_error(post(server, "/v1/completions", {"model": MODEL, "prompt": ids}), 400)
+
+    def test_log_probabilities_of_prompts_are_bounded(self):
+        body = {"model": MODEL, "prompt": [[5] * 1000] * 8, "echo": True, "logprobs": 10, "n": 16, "max_tokens": 0}
+        error = self.assert_error(post(server, "/v1/completions", body), 400)
+        self.assertEqual(error["param"], "logprobs")
 
     def test_unknown_model_and_path(self):
         response = post(server, "/v1/completions", {"model": "gpt-17", "prompt": "x"})

@@ -272,6 +272,29 @@ TEST_F(BatchingEngineTest, DeviceFailureEndsWhatRunsWithAMessage) {
   EXPECT_EQ(Submit(engine.get(), Ask(kStory, 3))->WaitOne().finish.reason, FinishReason::kLength);
 }
 
+TEST_F(BatchingEngineTest, LostDeviceEndsAllAndRefusesWhatComes) {
+  BatchingEngineOptions options = Options();
+  options.max_running_sequences = 1;
+  std::atomic<int> told{0};
+  options.on_device_lost = [&] { ++told; };
+  std::unique_ptr<BatchingEngine> engine = Make(options);
+  auto running = Submit(engine.get(), Ask(kStory, 400));
+  auto waiting = Submit(engine.get(), Ask(kStory, 400));
+  running->WaitForDeltas(2);
+  backend_->lost = true;
+  EXPECT_EQ(running->WaitOne().finish.reason, FinishReason::kError);
+  const Answer answer = waiting->WaitOne();
+  EXPECT_EQ(answer.finish.reason, FinishReason::kError);
+  EXPECT_THAT(answer.finish.message, HasSubstr("fell off the bus for good"));
+  const absl::Status refused = engine->Submit(Ask("a", 3), nullptr).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("fell off the bus for good"));
+  EXPECT_TRUE(engine->Drain(absl::InfiniteDuration()).ok());
+  engine.reset();  // joins the thread that tells
+  backend_->lost = false;
+  EXPECT_EQ(told, 1);
+}
+
 TEST_F(BatchingEngineTest, WithoutTokenizerTokensAreDelivered) {
   auto engine = BatchingEngine::Create(backend_, model_, nullptr, Options(), nullptr);
   ASSERT_TRUE(engine.ok());

@@ -52,6 +52,7 @@ class CompressionPlansTest : public testing::Test {
     CompressionSettings settings;
     if (override.preset == "exact") return settings;
     if (override.preset == "quality") return absl::InvalidArgumentError("atp: not today");
+    if (override.preset == "balanced" && made_ < 2) return absl::InternalError("atp: not now");
     settings.ratio = override.ratio.value_or(0.25);
     settings.bits = override.bits.value_or(4);
     return settings;
@@ -134,6 +135,11 @@ TEST_F(CompressionPlansTest, RatiosOnOneStepShareAPlan) {
 TEST_F(CompressionPlansTest, ErrorsAreRemembered) {
   for (int i = 0; i < 3; ++i) EXPECT_EQ(Error(Preset("quality")), "atp: not today");
   EXPECT_EQ(made_, 1);
+}
+
+TEST_F(CompressionPlansTest, WhatTheServerIsToBlameForIsTriedAgain) {
+  EXPECT_EQ(plans_.For(Preset("balanced")).status().code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(plans_.For(Preset("balanced")).ok());
 }
 
 TEST_F(CompressionPlansTest, ManyRatiosLeaveFewPlans) {

@@ -26,7 +26,7 @@ inline constexpr char kModelDir[] = ATP_SOURCE_DIR "/models/default";
 class FailingBackend : public Backend {
  public:
   explicit FailingBackend(std::unique_ptr<Backend> backend) : backend_(std::move(backend)) {}
-  std::atomic<bool> broken{false};
+  std::atomic<bool> broken{false}, lost{false};
 
   std::string Description() const override { return backend_->Description(); }
   bool Supports(const OpDesc& desc) const override { return backend_->Supports(desc); }
@@ -54,6 +54,7 @@ class FailingBackend : public Backend {
   void LowRankInput(const LowRankInputArgs& args) override { backend_->LowRankInput(args); }
   void LowRankOutput(const LowRankOutputArgs& args) override { backend_->LowRankOutput(args); }
   absl::Status Synchronize() override {
+    if (lost) return absl::UnavailableError("the device fell off the bus for good");
     if (broken) return absl::InternalError("the device fell off the bus");
     return backend_->Synchronize();
   }

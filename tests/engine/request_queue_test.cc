@@ -55,6 +55,20 @@ TEST(RequestQueueTest, BoundsWhatWaitsWhereverItIs) {
   EXPECT_FALSE(queue.Push(Request(), nullptr).ok());
 }
 
+// Requests that began and were preempted wait again, and no longer count as waiting.
+TEST(RequestQueueTest, BoundsWhatLives) {
+  RequestQueue queue(/*max_waiting=*/2, /*max_active=*/3);
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(queue.Push(Request(), nullptr).ok());
+    queue.NoteStarted();
+  }
+  const absl::Status refused = queue.Push(Request(), nullptr).status();
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("(3 together)"));
+  queue.NoteEnded(/*was_started=*/true);
+  EXPECT_TRUE(queue.Push(Request(), nullptr).ok());
+}
+
 TEST(RequestQueueTest, TakeWakesUp) {
   RequestQueue queue(10);
   std::atomic<int> taken{0};

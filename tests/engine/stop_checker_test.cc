@@ -124,5 +124,19 @@ TEST(StopChecker, RandomTextInRandomPiecesMatchesTheDefinition) {
   EXPECT_GT(stopped, 5000);
 }
 
+// What was passed through before min_tokens may still be held, as the beginning of a longer stop string.
+TEST(StopChecker, AMatchThatWasPassedThroughStaysText) {
+  StopChecker checker({"END", "ENDLESS"}, false);
+  EXPECT_EQ(checker.Append("aEND", /*may_stop=*/false).text, "a");
+  const StopChecker::Result result = checker.Append(" x");
+  EXPECT_FALSE(result.stopped);
+  EXPECT_EQ(result.text, "END x");
+  EXPECT_EQ(checker.Append("bEND", /*may_stop=*/false).text, "b");
+  const StopChecker::Result longer = checker.Append("LESS");
+  EXPECT_TRUE(longer.stopped);
+  EXPECT_EQ(longer.matched, "ENDLESS");
+  EXPECT_EQ(longer.text, "");
+}
+
 }  // namespace
 }  // namespace atp

@@ -167,9 +167,9 @@ TEST(ChatTemplate, DefaultModelSeesWhatItWasTrainedOn) {
 }
 
 TEST(ChatTemplate, BadMessagesAreNamed) {
-  EXPECT_THAT(Render("plain", {}, kLlama), HasSubstr("error: messages is empty"));
+  EXPECT_THAT(Render("plain", {}, kLlama), HasSubstr("error: messages: is empty"));
   EXPECT_THAT(Render("chatml", {{"user", "a", ""}, {"robot", "b", ""}}, kChatml),
-              HasSubstr("messages[1].role is 'robot'"));
+              HasSubstr("messages[1].role: is 'robot'"));
   for (const char* name : {"llama-2", "mistral"}) {
     EXPECT_THAT(Render(name, {{"user", "a", ""}, {"user", "b", ""}}, kLlama), HasSubstr("messages[1]"));
     EXPECT_THAT(Render(name, {{"assistant", "a", ""}}, kLlama), HasSubstr("messages[0]"));

@@ -57,9 +57,10 @@ class GenerateServiceTest : public ::testing::Test {
     return Service().Generate(std::move(input), std::make_shared<NullSink>());
   }
   // The message must begin with the name of the field, so that front ends can tell it apart.
-  void ExpectInvalid(GenerateInput input, const std::string& field, const std::string& detail = "") {
+  void ExpectInvalid(GenerateInput input, const std::string& field, const std::string& detail = "",
+                     absl::StatusCode code = absl::StatusCode::kInvalidArgument) {
     const absl::Status status = Submit(std::move(input)).status();
-    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    EXPECT_EQ(status.code(), code) << status;
     EXPECT_THAT(std::string(status.message()), StartsWith(field + ":"));
     EXPECT_THAT(std::string(status.message()), HasSubstr(detail));
   }
@@ -146,16 +147,36 @@ TEST_F(GenerateServiceTest, MaxTokensBecomesWhatFitsUnlessGiven) {
 }
 
 TEST_F(GenerateServiceTest, RefusesPromptsThatLeaveNoRoom) {
-  ExpectInvalid(Text(std::string(99, 'x')), "prompt", "100 tokens");  // with BOS exactly the context
-  ExpectInvalid(Text(std::string(500, 'x')), "prompt", "501 tokens");
+  ExpectInvalid(Text(std::string(99, 'x')), "prompt", "100 tokens",
+                absl::StatusCode::kOutOfRange);  // with BOS exactly the context
+  ExpectInvalid(Text(std::string(500, 'x')), "prompt", "501 tokens", absl::StatusCode::kOutOfRange);
   GenerateInput chat;
   chat.prompt = std::vector<ChatMessage>{{"user", std::string(500, 'x'), ""}};
-  ExpectInvalid(std::move(chat), "messages", "context");
+  ExpectInvalid(std::move(chat), "messages", "context", absl::StatusCode::kOutOfRange);
   GenerateInput scored = Text(std::string(99, 'x'));  // echo of a full context, nothing generated
   scored.echo = true;
   scored.max_tokens_given = true;
   scored.sampling.max_tokens = 0;
   EXPECT_TRUE(Submit(std::move(scored)).ok());
+}
+
+// Each of them stays in memory until the answer is whole.
+TEST_F(GenerateServiceTest, LogProbabilitiesOfPromptsAreBounded) {
+  GenerateInput input = Text(std::string(90, 'x'));  // 91 tokens
+  input.echo = true;
+  input.max_tokens_given = true;
+  input.sampling.max_tokens = 0;
+  input.sampling.n = 16;
+  input.sampling.logprobs = 5;
+  const absl::StatusOr<Submitted> submitted = Submit(input);
+  ASSERT_TRUE(submitted.ok()) << submitted.status();
+  EXPECT_EQ(submitted->scored, 91 * 16 * 6);
+  EXPECT_TRUE(GenerateService::CheckScored(1 << 20).ok());
+  const absl::Status many = GenerateService::CheckScored((1 << 20) + 1);
+  EXPECT_EQ(many.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(many.message()), StartsWith("logprobs: "));
+  input.echo = false;
+  EXPECT_EQ(Submit(input)->scored, 0);
 }
 
 TEST_F(GenerateServiceTest, UnknownModelIsNotFound) {

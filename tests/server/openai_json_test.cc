@@ -188,6 +188,9 @@ TEST(ParseCompletion, WrongTypesAndRangesNameTheField) {
                              "\"response_format\":{\"type\":\"json_object\"}",
                              "\"response_format\":\"text\"",
                              "\"guided_json\":{\"a\":1}",
+                             "\"json_schema\":{\"a\":1}",
+                             "\"grammar\":\"root ::= x\"",
+                             "\"allowed_token_ids\":[5]",
                              "\"use_beam_search\":true"}) {
     const std::string name = std::string(fields).substr(1, std::string(fields).find('"', 1) - 1);
     EXPECT_THAT(FieldError(fields), StartsWith(name + ": ")) << fields;
@@ -221,8 +224,17 @@ TEST(ParseBody, RefusesWhatIsNotOneFlatUnambiguousObject) {
   }
   EXPECT_THAT(CompletionError(R"({"prompt":"x","n":1,"n":2})"), StartsWith("n: is given twice"));
   EXPECT_THAT(FieldError(R"("logit_bias":{"1":1,"1":2})"), HasSubstr("twice"));
+  EXPECT_THAT(FieldError(R"("a":[{"b":1},{"c":{"b":1,"b":2}}])"), StartsWith("b: is given twice"));
   // Brackets in strings are no depth.
   EXPECT_TRUE(ParseCompletionCall("{\"prompt\":\"\\\"" + std::string(100, '[') + "\"}", {}).ok());
+}
+
+// A parser that looks at all objects so far at the end of each would take hours, on the thread of all
+// sockets.
+TEST(ParseBody, AMillionObjectsCostWhatTheirBytesCost) {
+  std::string body = R"({"prompt":"x","z":[{})";
+  for (int i = 0; i < 1'300'000; ++i) body += ",{}";
+  EXPECT_TRUE(ParseCompletionCall(body + "]}", {}).ok());
 }
 
 TEST(ParseChat, MessagesAndDefaults) {
@@ -311,6 +323,8 @@ TEST(RenderError, HasOpenAisShape) {
   EXPECT_EQ(json::parse(RenderError(404, "model: 'x' is not served")).at("error").at("code"),
             "model_not_found");
   EXPECT_EQ(json::parse(RenderError(429, "full")).at("error").at("code"), "rate_limit_exceeded");
+  EXPECT_EQ(json::parse(RenderError(400, "long", "context_length_exceeded")).at("error").at("code"),
+            "context_length_exceeded");
   EXPECT_EQ(json::parse(RenderError(504, "late")).at("error").at("code"), "deadline_exceeded");
   EXPECT_TRUE(IsValidUtf8(RenderError(400, "bad \xff bytes")));
 }

@@ -134,11 +134,16 @@ TEST_F(Protocol, MalformedRequestsAre400AndTheConnectionEnds) {
         "POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
         "POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: "
         "chunked\r\n\r\n0\r\n\r\n",
-        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n"}) {
+        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n",
+        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n",
+        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\nContent-Length: 2\r\n\r\n{}",
+        "POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"}) {
     const std::string answer = Raw(bytes);
     EXPECT_THAT(answer, StartsWith("HTTP/1.1 400")) << bytes;
     EXPECT_THAT(answer, HasSubstr("\"error\"")) << bytes;
     EXPECT_THAT(answer, HasSubstr("x-request-id: ")) << bytes;
+    EXPECT_EQ(answer.find("HTTP/1.1", 1), std::string::npos) << bytes;  // one answer, and the connection ends
   }
   EXPECT_THAT(Raw("GET /version HTTP/2.0\r\nHost: a\r\n\r\n"), StartsWith("HTTP/1.1 505"));
   EXPECT_EQ(server_->Get("/version").status, 200);

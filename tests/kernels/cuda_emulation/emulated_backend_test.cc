@@ -138,6 +138,25 @@ TEST(EmulatedBackend, ErrorsNameOpAndShapes) {
   EXPECT_TRUE(backend->Synchronize().ok());
 }
 
+// What the device reports again and again is told from a step that failed; memory that it then refuses is not
+// for want of memory.
+TEST(EmulatedBackend, AnErrorThatStaysIsALostDevice) {
+  const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();
+  emulation::Break("an illegal address");
+  for (int i = 0; i < 2; ++i) {
+    const absl::Status status = backend->Synchronize();
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(std::string(status.message()), AllOf(HasSubstr("an illegal address"), HasSubstr("lost")));
+  }
+  StepLimits limits;
+  limits.logit_rows = 1, limits.vocab = 16;
+  const absl::Status reserved = backend->Reserve(limits);
+  EXPECT_EQ(reserved.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(reserved.message()), HasSubstr("an illegal address"));
+  emulation::ForgetError();
+  EXPECT_TRUE(backend->Synchronize().ok());
+}
+
 // In a step that is launched as a whole: it is not, and the next one is.
 TEST(EmulatedBackend, AnOpThatFailsInAStepIsNamedAndTheNextStepRuns) {
   const std::unique_ptr<Backend> backend = cuda_emulated::MakeBackend().value();

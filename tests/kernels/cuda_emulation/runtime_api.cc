@@ -244,6 +244,8 @@ void Declare(const void* function, const Kernel& kernel) { Kernels().insert_or_a
 
 const Counts& Counted() { return TheCounts(); }
 
+void Break(std::string what) { Found() = std::move(what); }
+
 void ForgetError() { Found().clear(); }
 
 void RefuseGraphs(Refused refused) { TheRefused() = refused; }

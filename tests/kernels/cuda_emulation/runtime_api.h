@@ -114,7 +114,8 @@ struct Counts {
   int64_t nodes_set = 0;  // cudaGraphExecKernelNodeSetParams
 };
 const Counts& Counted();
-// As another process would find the device.
+// As if a kernel had done what a device does not forgive; as another process would find the device.
+void Break(std::string what);
 void ForgetError();
 // As a driver that can make no graphs, or change none.
 enum class Refused { kNothing, kInstantiation, kUpdate };
