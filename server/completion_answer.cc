@@ -99,7 +99,8 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
   // More would be told to try again for ever.
   const int most = service_->config().scheduler.max_waiting_requests;
   if (call.prompts.size() > static_cast<size_t>(most)) {
-    return absl::InvalidArgumentError(absl::StrCat("prompt: ", call.prompts.size(), " prompts are more than the ", most,
+    return absl::InvalidArgumentError(absl::StrCat("prompt: ", call.prompts.size(),
+                                                   " prompts are more than the ", most,
                                                    " that may wait (scheduler.max_waiting_requests)"));
   }
   int64_t scored = 0;
