@@ -27,7 +27,7 @@ def answer(model, *flags):
 
 
 def cross_entropy(model, *flags):
-    result = atp("eval", "--model", model, "--ids", MODEL + "/eval_ids.npy", "--limit", 2, "--context", 128, "--from", 1,
+    result = atp("eval", "--model", model, "--ids", MODEL + "/eval_ids.npy", "--from", 1,
                  "--json", *flags)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)["rows"][0]["cross_entropy"]
