@@ -1,4 +1,5 @@
 atp_fuzzer(fuzz_openai_json
   SOURCES fuzz_openai_json.cc ${PROJECT_SOURCE_DIR}/server/json_object.cc ${PROJECT_SOURCE_DIR}/server/openai_parse.cc
-    ${PROJECT_SOURCE_DIR}/server/openai_render.cc ${PROJECT_SOURCE_DIR}/engine/detokenizer.cc ${PROJECT_SOURCE_DIR}/engine/utf8.cc
-  LIBS absl::status absl::statusor absl::strings absl::time nlohmann_json::nlohmann_json)
+    ${PROJECT_SOURCE_DIR}/server/openai_render.cc ${tokenizer_sources}
+  LIBS absl::status absl::statusor absl::strings absl::time absl::flat_hash_map nlohmann_json::nlohmann_json
+       PkgConfig::SENTENCEPIECE PkgConfig::PCRE2 PkgConfig::ICU)
