@@ -88,11 +88,8 @@ void Server::LogChatTemplate(const ChatTemplate& chat) const {
   const absl::StatusOr<std::string> own = LoadChatTemplateText(config_.model.path);
   if (!own.ok() || own->empty()) return;
   spdlog::warn(
-      "the model has a chat template of a format that is not built in; chats are written as plain text, "
-      "which it "
-      "was not trained on. Set model.chat_template where one of the formats fits, or render chats yourself "
-      "and "
-      "send them to /v1/completions");
+      "the model's chat template is of no built-in format: chats are written as plain text, which it was not "
+      "trained on. Set model.chat_template where one fits, or render chats yourself for /v1/completions");
 }
 
 absl::Status Server::Load() {

@@ -139,8 +139,7 @@ void LogGrpcLine(gpr_log_func_args* args) {
               "grpc_library file={} line={} message=\"{}\"", args->file, args->line, args->message);
 }
 
-constexpr size_t kQuotaBytes = size_t{256}
-                               << 20;  // of gRPC's own buffers, besides 16 of the largest messages
+constexpr size_t kQuotaBytes = 256 << 20;  // of gRPC's own buffers, besides 16 of the largest messages
 
 int ClampToInt(int64_t value) {
   return static_cast<int>(std::clamp<int64_t>(value, 0, std::numeric_limits<int>::max()));
