@@ -169,6 +169,9 @@ class FullQueue(unittest.TestCase):
                 self.assertEqual(set(response.json()["error"]), {"message", "type", "param", "code"})
             small.assert_idle()
             self.assertEqual(post(small, "/v1/completions", dict(body, max_tokens=2)).status_code, 200)
+            # More prompts than may wait would be told to try again for ever.
+            many = post(small, "/v1/completions", dict(body, prompt=["a", "b", "c"], max_tokens=2))
+            self.assertEqual((many.status_code, many.json()["error"]["param"]), (400, "prompt"))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,15 @@ class AnswerStreamTest : public testing::Test {
   std::shared_ptr<ActiveRequest> active_;
 };
 
+// What is left of a character at the end becomes U+FFFD, and that may be a stop string.
+TEST_F(AnswerStreamTest, AStopThatTheLastFlushCompletesIsAStop) {
+  AnswerStream stream = Make(Params(2, {"\uFFFD"}));
+  const RecordingSink::Answer answer = Feed(&stream, "a\xC3");
+  EXPECT_EQ(answer.text, "a");
+  EXPECT_EQ(answer.finish.reason, FinishReason::kStop);
+  EXPECT_EQ(answer.finish.matched_stop, "\uFFFD");
+}
+
 TEST_F(AnswerStreamTest, EndsAtMaxTokens) {
   AnswerStream stream = Make(Params(3));
   const RecordingSink::Answer answer = Feed(&stream, "hello");

@@ -245,6 +245,26 @@ TEST_F(BatchingEngineTest, FullQueueRefusesAndDrainEndsInOrder) {
   EXPECT_EQ(engine->Submit(Ask("e", 3), running).status().code(), absl::StatusCode::kUnavailable);
 }
 
+// Who preempts has begun, and who is preempted waits without being counted as waiting: both count as living.
+TEST_F(BatchingEngineTest, RisingPrioritiesDoNotGrowWithoutBound) {
+  BatchingEngineOptions options = Options();
+  options.max_running_sequences = 1;
+  options.max_waiting_requests = 1;
+  std::unique_ptr<BatchingEngine> engine = Make(options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int priority = 0; priority < 2; ++priority) {
+    Request request = Ask(kStory, 300);
+    request.priority = priority;
+    sinks.push_back(Submit(engine.get(), request));
+    sinks.back()->WaitForDeltas(1);
+  }
+  EXPECT_EQ(engine->Stats().requests_waiting, 0);
+  Request request = Ask(kStory, 300);
+  request.priority = 2;
+  EXPECT_EQ(engine->Submit(request, std::make_shared<RecordingSink>()).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
 TEST_F(BatchingEngineTest, DrainEndsTheRestAndDestructionToo) {
   std::unique_ptr<BatchingEngine> engine = Make(Options());
   auto sink = Submit(engine.get(), Ask(kStory, 400));

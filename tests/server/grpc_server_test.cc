@@ -293,6 +293,13 @@ TEST_F(GrpcServerTest, MessagesBeyondTheLimitAreRefused) {
   EXPECT_TRUE(Generate(Prompt(1, std::string(500, 'x'))).ok());
 }
 
+TEST_F(GrpcServerTest, APromptLongerThanTheContextIsInvalid) {
+  Start();
+  const grpc::Status status = Generate(Prompt(1, std::string(4'000'001, 'x')));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("shorten it"));
+}
+
 TEST_F(GrpcServerTest, SmallCalls) {
   Start();
   v1::TokenizeRequest text;
