@@ -37,6 +37,18 @@ TEST_F(SchedulerTest, ChunksEndWhereSegmentsEnd) {
   RunToEnd();
 }
 
+// A segment that is fitted is found whole or not at all: half of one is nothing to wait for.
+TEST_F(SchedulerTest, AnswersOfOneRequestWaitForWholeSegmentsOnly) {
+  Make(Options(60));
+  const RequestId a = Admit({.prompt = 7, .max_tokens = 20, .n = 3, .plan = Plan()});
+  EXPECT_EQ(Step()[a], 3 * 7);
+  RunToEnd();
+  const RequestId b = Admit({.prompt = 9, .max_tokens = 20, .n = 3, .plan = Plan()});
+  EXPECT_EQ(Step()[b], 8);
+  EXPECT_EQ(Step()[b], 1 + 1 + 1);
+  RunToEnd();
+}
+
 TEST_F(SchedulerTest, AShortRequestIsNotTouchedByItsPlan) {
   // 16 tokens are the first segment and the window; the 17th is never computed.
   for (const bool longer : {false, true}) {

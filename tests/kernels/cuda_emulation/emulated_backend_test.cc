@@ -8,6 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cuda/staging.h"
 #include "kernels/quantized.h"
 #include "tests/kernels/cuda_emulation/runtime_api.h"
 #include "tests/kernels/op_problems.h"
@@ -65,6 +66,24 @@ TEST(EmulatedBackend, MemoryThatIsTakenIsNotFree) {
   EXPECT_TRUE(backend->Allocate(2 * kLeft).ok());
   EXPECT_TRUE(backend->Synchronize().ok());
   emulation::SetDeviceBytes(all);
+}
+
+// A table that outgrows what was reserved takes twice as much, or what it needs where that is all there is.
+TEST(EmulatedBackend, TablesGrowIntoWhatIsLeft) {
+  size_t free = 0, total = 0;
+  ASSERT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
+  cuda::Staging staging;
+  ASSERT_EQ(staging.Reserve(4 << 20, 0), cudaSuccess);
+  cudaError_t error = cudaSuccess;
+  EXPECT_NE(staging.Take(4 << 20, &error).host, nullptr);
+  size_t left = 0;
+  ASSERT_EQ(cudaMemGetInfo(&left, &total), cudaSuccess);
+  emulation::SetDeviceBytes(total - left + (3 << 20));
+  EXPECT_NE(staging.Take(1 << 20, &error).host, nullptr);
+  EXPECT_EQ(error, cudaSuccess);
+  EXPECT_EQ(staging.Take(4 << 20, &error).host, nullptr);
+  EXPECT_EQ(error, cudaErrorMemoryAllocation);
+  emulation::SetDeviceBytes(total);
 }
 
 TEST(EmulatedBackend, WeightsOfManyPiecesArriveWhole) {
