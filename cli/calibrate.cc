@@ -252,12 +252,13 @@ void AddCalibrate(CLI::App* app, int* exit_code) {
   AddDataFlags(calibrate, &flags->data, kDefaultSequences);
   calibrate
       ->add_option("--ratio", flags->ratio,
-                   "mean principal entries per token that the heads share; or --bytes")
+                   "mean principal entries per token that the heads share (default: none; either this or "
+                   "--bytes is needed)")
       ->option_text("R");
   calibrate
       ->add_option("--bytes", flags->share,
                    "share of the bytes of a bf16 cache that closed segments may take, spent head by head on "
-                   "entries and bits, 8 or 4; scales, log masses and padding counted")
+                   "entries and bits, 8 or 4; scales, log masses and padding counted (default: none)")
       ->option_text("B");
   calibrate
       ->add_option("--segment", flags->segment, "tokens compressed together (default: atp.segment_tokens)")
@@ -274,7 +275,10 @@ void AddCalibrate(CLI::App* app, int* exit_code) {
           "history)")
       ->option_text("TOKENS")
       ->check(CLI::Range(0, 1 << 24));
-  calibrate->add_option("--out", flags->out, "file to write (default: atp_budgets.json beside the model)")
+  calibrate
+      ->add_option("--out", flags->out,
+                   "file to write (default: atp_budgets.json in the model's directory, "
+                   "FILE.gguf.atp_budgets.json beside a GGUF file)")
       ->option_text("FILE");
   calibrate->footer(
       "Heads that look something up keep their keys, the others share what is left. With --text, every "

@@ -228,6 +228,14 @@ absl::Status Check(const EvalFlags& flags, const Config& config) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--bytes ", share, ": expected more than 0 and at most 1, and --budgets FILE to spend it"));
   }
+  for (const int bits : flags.bits) {
+    if (bits == 16 || bits == 8 || bits == 4) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--bits ", bits, ": expected 16, 8 or 4"));
+  }
+  for (const int cap : flags.caps) {
+    if (cap >= 0) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--cap ", cap, ": expected at least 0 (no cap)"));
+  }
   for (const int segment : flags.segments) {
     if (segment > 0) continue;
     return absl::InvalidArgumentError(absl::StrCat("--segment ", segment, ": expected at least one token"));

@@ -5,6 +5,7 @@
 #include "CLI/CLI.hpp"
 #include "cli/command.h"
 #include "cli/load_progress.h"
+#include "cli/logging.h"
 #include "engine/llama_weights.h"
 #include "engine/quantize_model.h"
 
@@ -18,6 +19,7 @@ struct QuantizeFlags {
 };
 
 int Quantize(const QuantizeFlags& flags) {
+  SetUpLogging("info");  // on stderr, as every command's
   LoadProgressBar bar(flags.in);
   const absl::Status status = QuantizeModel(flags.in, flags.out, *WeightDTypeFromName(flags.weight_dtype),
                                             [&bar](size_t done, size_t total) { bar.Update(done, total); });

@@ -174,6 +174,9 @@ void Server::Announce() const {
 void Server::Stop(const std::string& signal) {
   service_->SetReady(false);
   grpc_->SetServing(false);
+  // A gRPC client keeps its connection and would send call after call to be refused; HTTP's close with each
+  // refusal.
+  grpc_->StartDrain();
   const EngineStats stats = service_->Stats();
   spdlog::info("draining signal={} running={} waiting={} drain_timeout_ms={}", signal, stats.requests_running,
                stats.requests_waiting, config_.server.drain_timeout_ms);

@@ -104,6 +104,22 @@ void ChooseLinear(LoadedModel* loaded) {
   loaded->compression.linear_layers = std::move(linear.reasons);
 }
 
+// Of the largest fits that a request may ask for. (On CUDA such a fit takes what room there is.)
+absl::Status ReserveOverrides(const Config& config, CompressionSettings asked, const CompressionShape& shape,
+                              LoadedModel* loaded) {
+  if (!config.atp.allow_override || config.backend.device == "cuda") return absl::OkStatus();
+  asked.head_ratio = {}, asked.head_bits = {};
+  asked.ratio = 63.0 / 64;
+  const auto plan = MakeCompressionPlan(asked, shape);
+  if (!plan.ok() || *plan == nullptr || (*plan)->FittedSegments(loaded->max_context_tokens) == 0)
+    return absl::OkStatus();  // such requests are refused, or fit nothing
+  const absl::Status reserved = loaded->model->ReserveFits(**plan);
+  if (reserved.ok()) return reserved;
+  return absl::Status(
+      reserved.code(),
+      absl::StrCat(reserved.message(), ", or let no request choose (atp.allow_override: false)"));
+}
+
 // Fills in what is compressed, and the most blocks that one sequence can hold.
 absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   const LlamaConfig& model = loaded->model->config();
@@ -113,10 +129,13 @@ absl::Status PlanCompression(const Config& config, LoadedModel* loaded) {
   if (!choice.ok()) return choice.status();
   loaded->compression = *std::move(choice);
   const int context = loaded->max_context_tokens;
-  absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan = MakeCompressionPlan(
-      loaded->compression.settings,
-      CompressionShapeOf(model, config.kv_cache.block_tokens, loaded->kv_format, context));
+  const CompressionShape shape =
+      CompressionShapeOf(model, config.kv_cache.block_tokens, loaded->kv_format, context);
+  absl::StatusOr<std::shared_ptr<const CompressionPlan>> plan =
+      MakeCompressionPlan(loaded->compression.settings, shape);
   if (!plan.ok()) return plan.status();
+  if (absl::Status s = ReserveOverrides(config, loaded->compression.settings, shape, loaded); !s.ok())
+    return s;
   const int fitted = *plan == nullptr ? 0 : (*plan)->FittedSegments(context);
   if (fitted > 0) {
     loaded->compression.peak_blocks = (*plan)->PeakBlocks(0, context, fitted);

@@ -157,8 +157,8 @@ std::vector<Setting> MakeTable() {
       {.key = "atp.budgets",
        .member = ATP_MEMBER(String, atp.budgets),
        .meaning =
-           "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json beside the model, "
-           "where it is), uniform, or a file"},
+           "ratios per kv head, as atp calibrate writes them: auto (atp_budgets.json in the model's "
+           "directory, FILE.gguf.atp_budgets.json beside a GGUF file, where it is), uniform, or a file"},
       {.key = "atp.linear_rank",
        .member = ATP_MEMBER(double, atp.linear_rank),
        .meaning = "rank of the input of linear layers in whole segments of a prompt, as a share of their "

@@ -40,13 +40,17 @@ RequestReport ActiveRequest::Report(FinishReason reason, absl::Time now) const {
   report.reason = reason;
   report.usage = usage;
   report.queue_time = started.value_or(now) - submitted;
+  report.started = started.has_value();
   if (first_token) report.time_to_first_token = *first_token - submitted;
   report.request_time = now - submitted;
   return report;
 }
 
 void LogFinished(const ActiveRequest& active, const RequestReport& report) {
-  spdlog::debug(
+  // What a client is told went wrong, an operator finds at its id.
+  const bool failed = report.reason == FinishReason::kError || report.reason == FinishReason::kDeadline;
+  spdlog::log(
+      failed ? spdlog::level::warn : spdlog::level::debug,
       "event=request_finished request={} reason={} prompt_tokens={} cached_tokens={} completion_tokens={} "
       "answers={} "
       "queue_ms={} first_token_ms={} total_ms={} external_id=\"{}\"",

@@ -54,7 +54,8 @@ struct ActiveRequest {
   RequestReport Report(FinishReason reason, absl::Time now) const;
 };
 
-// The line that every engine logs at the end of a request, at debug level.
+// The line that every engine logs at the end of a request: at debug level, or as a warning where it ended
+// with an error or at its deadline.
 void LogFinished(const ActiveRequest& active, const RequestReport& report);
 
 class AnswerStream {

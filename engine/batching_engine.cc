@@ -274,6 +274,7 @@ void BatchingEngine::NoteStarted(const Batch& batch, absl::Time now) {
     if (active.started) continue;
     active.started = now;
     queue_.NoteStarted();
+    if (observer_ != nullptr) observer_->OnStarted(now - active.submitted);
   }
 }
 
@@ -330,6 +331,8 @@ void BatchingEngine::Deliver(const Batch& batch, absl::Time now) {
     if (observer_ != nullptr && stream.last_token_time()) {
       observer_->OnInterTokenLatency(now - *stream.last_token_time());
     }
+    const ActiveRequest& active = stream.active();
+    if (observer_ != nullptr && !active.first_token) observer_->OnFirstToken(now - active.submitted);
     const std::optional<FinishReason> end = stream.Append(*std::move(sampled_[i]), now);
     if (end) scheduler_.Finish(sequence, *end);
   }

@@ -9,6 +9,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/safetensors_header.h"
 #include "engine/utf8.h"
 
 namespace atp {
@@ -137,7 +138,7 @@ absl::StatusOr<BpeModel> BpeModel::Create(const Vocabulary& vocabulary, BpeOptio
   const int64_t highest = 2 * static_cast<int64_t>(vocabulary.size()) + 4096;
   for (const auto& [bytes, id] : vocabulary) {
     if (id < 0 || id > highest) {
-      return absl::InvalidArgumentError(absl::StrCat("token '", bytes, "' has id ", id,
+      return absl::InvalidArgumentError(absl::StrCat("token ", QuoteForError(bytes), " has id ", id,
                                                      " in a vocabulary of ", vocabulary.size(),
                                                      " tokens; ids must be dense and start at 0"));
     }
@@ -159,8 +160,8 @@ absl::Status BpeModel::AddMerge(std::string_view left, std::string_view right, i
   for (int i = 0; i < 3; ++i) {
     const std::optional<TokenId> id = IdOf(parts[i]);
     if (!id) {
-      return absl::NotFoundError(absl::StrCat("merge ", rank, " needs the token '", std::string(parts[i]),
-                                              "', which is not in the vocabulary"));
+      return absl::NotFoundError(absl::StrCat("merge ", rank, " needs the token ", QuoteForError(parts[i]),
+                                              ", which is not in the vocabulary"));
     }
     ids[i] = *id;
   }

@@ -7,6 +7,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "engine/safetensors_header.h"
 #include "engine/utf8.h"
 
 namespace atp {
@@ -30,13 +31,15 @@ class BpeTokenizer : public Tokenizer {
 
   absl::Status Init(const TokenizerConfig& config) {
     MergeAddedTokens(config.added_tokens);
+    std::erase_if(parts_.added_tokens,
+                  [&](const AddedToken& token) { return token.id >= config.embedding_rows; });
     int64_t limit = parts_.model.id_limit();
     const int64_t allowed = 2 * (limit + static_cast<int64_t>(parts_.added_tokens.size())) + 4096;
     std::vector<AddedToken> raw, normalized;
     for (AddedToken token : parts_.added_tokens) {
       if (token.id < 0 || token.id > allowed) {
-        return absl::InvalidArgumentError(absl::StrCat("added token '", token.content, "' has id ", token.id,
-                                                       ", but the vocabulary ends at ",
+        return absl::InvalidArgumentError(absl::StrCat("added token ", QuoteForError(token.content),
+                                                       " has id ", token.id, ", but the vocabulary ends at ",
                                                        parts_.model.id_limit() - 1));
       }
       limit = std::max<int64_t>(limit, token.id + 1);

@@ -56,7 +56,8 @@ struct StepReport {
 struct RequestReport {
   FinishReason reason = FinishReason::kStop;
   Usage usage;
-  absl::Duration queue_time;           // submit to first scheduled
+  absl::Duration queue_time;           // submit to first scheduled; to the end, if it never was
+  bool started = false;                // whether it was scheduled at all
   absl::Duration time_to_first_token;  // zero when there was none
   absl::Duration request_time;         // submit to finish
 };
@@ -66,6 +67,10 @@ class EngineObserver {
  public:
   virtual ~EngineObserver() = default;
   virtual void OnStep(const StepReport& report) = 0;
+  // When it happens, which is long before the request's end: submit to first scheduled, and to the first
+  // token.
+  virtual void OnStarted(absl::Duration /*queue_time*/) {}
+  virtual void OnFirstToken(absl::Duration /*since_submit*/) {}
   virtual void OnInterTokenLatency(absl::Duration latency) = 0;
   virtual void OnRequestFinished(const RequestReport& report) = 0;
 };

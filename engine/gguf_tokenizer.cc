@@ -104,7 +104,8 @@ absl::StatusOr<TokenizerConfig> ReadSpecials(const GgufFile& file, const Vocabul
   constexpr std::string_view ends[] = {"<|eot_id|>", "<|eom_id|>",    "<|end_of_text|>",
                                        "<|im_end|>", "<|endoftext|>", "<|end|>"};
   for (size_t i = 0; i < vocabulary.tokens.size(); ++i) {
-    if (vocabulary.types[i] != kControl) continue;
+    // Converters of before 2024-04 had all added tokens as user-defined ones.
+    if (vocabulary.types[i] != kControl && vocabulary.types[i] != kUserDefined) continue;
     if (std::find(std::begin(ends), std::end(ends), vocabulary.tokens[i]) != std::end(ends)) {
       config.eos_token_ids.push_back(static_cast<TokenId>(i));
     }
@@ -159,23 +160,47 @@ absl::StatusOr<std::string> NormalizerSpec(const GgufFile& file) {
   return spec;
 }
 
+std::optional<TokenId> FirstOf(const std::vector<TokenId>& ids) {
+  return ids.empty() ? std::nullopt : std::optional<TokenId>(ids.front());
+}
+
+// The token of text that no other is for: the one of that type, the one that the file names, or the first.
+absl::StatusOr<size_t> UnknownToken(const GgufFile& file, const std::vector<int64_t>& types) {
+  const auto typed = std::find(types.begin(), types.end(), kUnknown);
+  if (typed != types.end()) return static_cast<size_t>(typed - types.begin());
+  const absl::StatusOr<int64_t> named = Optional(file.Int(Key("unknown_token_id")), int64_t{0});
+  if (!named.ok()) return named.status();
+  const auto size = static_cast<int64_t>(types.size());
+  if (*named < 0 || *named >= size) {
+    return KeyError(file, "unknown_token_id",
+                    absl::StrCat("expected an id below ", size, ", found ", *named));
+  }
+  return static_cast<size_t>(*named);
+}
+
 absl::StatusOr<std::string> SentencePieceProto(const GgufFile& file, const Vocabulary& vocabulary,
                                                const TokenizerConfig& config) {
   std::string proto, piece;
   bool has_bytes = false;
-  const auto& types = vocabulary.types;
-  const auto unknown = std::find(types.begin(), types.end(), kUnknown);
-  if (unknown == types.end()) {
-    return KeyError(file, "token_type", "expected a token of type 2 (unknown), found none");
+  std::vector<int64_t> types = vocabulary.types;
+  const absl::StatusOr<size_t> unknown = UnknownToken(file, types);
+  if (!unknown.ok()) return unknown.status();
+  const size_t unknown_id = *unknown;
+  // The library knows one unknown token; some converters give added control tokens that type, too, and others
+  // give it to none.
+  for (int64_t& type : types) {
+    if (type == kUnknown) type = kControl;
   }
-  const auto unknown_id = static_cast<size_t>(unknown - types.begin());
+  types[unknown_id] = kUnknown;
+  // Whatever a file calls the tokens that it names as the beginning and the end of a text.
+  for (const std::optional<TokenId> id : {config.bos_token_id, FirstOf(config.eos_token_ids)}) {
+    if (id && types[static_cast<size_t>(*id)] == kUserDefined) types[static_cast<size_t>(*id)] = kControl;
+  }
   for (size_t i = 0; i < vocabulary.tokens.size(); ++i) {
     piece.clear();
     AppendBytes(1, vocabulary.tokens[i], &piece);
     AppendFloat(2, vocabulary.scores[i], &piece);
-    // The library knows one unknown token; some converters give added control tokens that type, too.
-    const bool another = types[i] == kUnknown && i != unknown_id;
-    AppendInt(3, static_cast<uint64_t>(another ? kControl : types[i]), &piece);
+    AppendInt(3, static_cast<uint64_t>(types[i]), &piece);
     AppendBytes(1, piece, &proto);
     has_bytes = has_bytes || types[i] == kByte;
   }
@@ -190,7 +215,7 @@ absl::StatusOr<std::string> SentencePieceProto(const GgufFile& file, const Vocab
   AppendInt(40, unknown_id, &trainer);
   AppendBytes(45, vocabulary.tokens[unknown_id], &trainer);
   name(41, 46, config.bos_token_id);
-  if (!config.eos_token_ids.empty()) name(42, 47, config.eos_token_ids.front());
+  name(42, 47, FirstOf(config.eos_token_ids));
   AppendBytes(2, trainer, &proto);
   const absl::StatusOr<std::string> normalizer = NormalizerSpec(file);
   if (!normalizer.ok()) return normalizer.status();

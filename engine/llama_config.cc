@@ -262,7 +262,7 @@ void ReadSlidingWindow(Fields& fields, const Json& document, LlamaConfig& config
 
 void AddEosIds(Fields& fields, int64_t vocab_size, std::vector<int32_t>& ids) {
   const Json* value = fields.Find("eos_token_id");
-  if (value == nullptr) return;
+  if (value == nullptr || (value->is_number_integer() && *value == -1)) return;  // -1: none, in some files
   const std::string expected = absl::StrCat("a token id below vocab_size, ", vocab_size,
                                             ", or a list of at most ", kMaxEosIds, " of them");
   const Json list = value->is_array() ? *value : Json::array({*value});
@@ -322,7 +322,7 @@ absl::StatusOr<LlamaConfig> ParseLlamaConfig(std::string_view json, const std::s
   if (const std::string act = fields.String("hidden_act", "silu"); act != "silu") {
     fields.Wrong("hidden_act", "\"silu\"", Quoted(act), 0);
   }
-  config.bos_token_id = static_cast<int32_t>(fields.Int("bos_token_id", 0, config.vocab_size - 1, -1));
+  config.bos_token_id = static_cast<int32_t>(fields.Int("bos_token_id", -1, config.vocab_size - 1, -1));
   AddEosIds(fields, config.vocab_size, config.eos_token_ids);
   // Newer exports call it rope_parameters, and keep rope_theta in it.
   const Json* scaling = fields.Find("rope_scaling");

@@ -8,7 +8,8 @@
 namespace atp {
 namespace {
 
-constexpr int kNodesPerGroup = 4;  // where history is compressed
+// Where history is compressed, mostly to no less than a sixteenth of its bytes.
+constexpr int kNodesPerGroup = 16;
 
 // A decode step takes a row and a row of logits, so with no more sequences than these every one of them has
 // both.

@@ -1,9 +1,11 @@
 #include "engine/sentencepiece_proto.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -82,8 +84,8 @@ class Reader {
 
 constexpr uint64_t kUserDefined = 4;  // of a piece's types
 
-absl::Status CheckPiece(std::string_view bytes, uint64_t* type) {
-  std::string text;
+absl::Status CheckPiece(std::string_view bytes, uint64_t* type, std::string* of) {
+  std::string& text = *of;
   float score = 0;
   Reader reader(bytes);
   for (Field field; reader.Next(&field);) {
@@ -96,6 +98,19 @@ absl::Status CheckPiece(std::string_view bytes, uint64_t* type) {
   if (text.empty() || text.size() > kMaxPieceBytes || text.find('\0') != std::string::npos ||
       !IsValidUtf8(text)) {
     return Malformed("a piece is empty, too long or not UTF-8");
+  }
+  return absl::OkStatus();
+}
+
+// Of those that begin a text the library keeps 64 and counts beyond them.
+absl::Status CheckUserDefined(std::vector<std::string> texts) {
+  constexpr size_t kMostNested = 64;
+  std::sort(texts.begin(), texts.end());
+  std::vector<std::string_view> nested;  // each begins the one after it
+  for (const std::string& text : texts) {
+    while (!nested.empty() && !text.starts_with(nested.back())) nested.pop_back();
+    nested.push_back(text);
+    if (nested.size() > kMostNested) return Malformed("too many user-defined pieces begin one another");
   }
   return absl::OkStatus();
 }
@@ -122,26 +137,40 @@ absl::Status CheckCharacterMap(std::string_view map) {
     return Malformed("the character map's texts are cut");
   const size_t units = trie_bytes / 4;
   const auto unit = [&](size_t i) { return LittleEndian32(trie.substr(4 * i)); };
-  std::vector<bool> seen(units);
-  std::vector<size_t> waiting = {0};
-  seen[0] = true;
-  while (!waiting.empty()) {
-    const size_t node = waiting.back();
-    waiting.pop_back();
+  // The library keeps 32 matches of a text and counts beyond them, so no path may have more values; a path
+  // that comes back to where it was has no end of them. Depth first, a node's count made when all its
+  // children's are.
+  constexpr int kMostValues = 32;
+  constexpr int8_t kUnseen = -2, kOnPath = -1;
+  std::vector<int8_t> values(units, kUnseen);  // on the path from here that has the most
+  std::vector<size_t> path = {0};
+  while (!path.empty()) {
+    const size_t node = path.back();
     const uint32_t u = unit(node);
     const size_t base =
         node ^ (size_t{u >> 10} << ((u & (1u << 9)) >> 6));  // Darts-clone: DoubleArrayUnit::offset
     if ((base | 0xFF) >= units) return Malformed("the character map's trie leads outside itself");
-    if (u >> 8 & 1) {  // has_leaf: the value is at the child with label 0
-      const uint32_t value = unit(base) & 0x7FFFFFFF;
-      if (value >= replacements.size()) return Malformed("the character map's trie points outside its texts");
-    }
-    for (size_t label = 1; label < 256; ++label) {
+    const bool has_value = u >> 8 & 1;  // at the child with label 0
+    if (has_value && (unit(base) & 0x7FFFFFFF) >= replacements.size())
+      return Malformed("the character map's trie points outside its texts");
+    const bool first = values[node] == kUnseen;
+    values[node] = kOnPath;
+    int most = 0;
+    for (size_t label = 0; label < 256; ++label) {
       const size_t child = base ^ label;
-      if ((unit(child) & 0x800000FF) != label || seen[child]) continue;
-      seen[child] = true;
-      waiting.push_back(child);
+      if ((unit(child) & 0x800000FF) != label) continue;
+      if (first && values[child] == kUnseen) {
+        path.push_back(child);
+      } else if (values[child] == kOnPath) {
+        return Malformed("the character map's trie leads back into itself");
+      }
+      most = std::max<int>(most, values[child]);
     }
+    if (first && path.back() != node) continue;  // its children first
+    path.pop_back();
+    most += has_value;
+    if (most > kMostValues) return Malformed("the character map's trie has too many values on one path");
+    values[node] = static_cast<int8_t>(most);
   }
   return absl::OkStatus();
 }
@@ -161,6 +190,7 @@ absl::Status ParseNormalizer(std::string_view bytes, bool is_main, SentencePiece
 
 absl::StatusOr<SentencePieceInfo> ParseSentencePieceProto(std::string_view bytes) {
   SentencePieceInfo info;
+  std::vector<std::string> user_defined;
   Reader reader(bytes);
   for (Field field; reader.Next(&field);) {
     if (field.wire_type != 2) continue;
@@ -168,8 +198,12 @@ absl::StatusOr<SentencePieceInfo> ParseSentencePieceProto(std::string_view bytes
     if (field.number == 1) {
       if (++info.pieces > kMaxPieces) return Malformed("too many pieces");
       uint64_t type = 0;
-      status = CheckPiece(field.bytes, &type);
-      if (type == kUserDefined) info.user_defined.push_back(info.pieces - 1);
+      std::string text;
+      status = CheckPiece(field.bytes, &type, &text);
+      if (type == kUserDefined) {
+        info.user_defined.push_back(info.pieces - 1);
+        user_defined.push_back(std::move(text));
+      }
     } else if (field.number == 3 || field.number == 5) {  // normalizer_spec, denormalizer_spec
       status = ParseNormalizer(field.bytes, field.number == 3, &info);
     }
@@ -177,6 +211,7 @@ absl::StatusOr<SentencePieceInfo> ParseSentencePieceProto(std::string_view bytes
   }
   if (!reader.ok()) return Malformed("it is cut or not in protobuf form");
   if (info.pieces == 0) return Malformed("it has no pieces");
+  if (absl::Status s = CheckUserDefined(std::move(user_defined)); !s.ok()) return s;
   return info;
 }
 

@@ -35,10 +35,10 @@ class SentencePieceTokenizer : public Tokenizer {
     if (processor_.GetPieceSize() != info->pieces)
       return absl::InvalidArgumentError("not a SentencePiece model");
     strips_leading_space_ = info->add_dummy_prefix;
-    if (absl::Status s = BuildTables(
-            config.added_tokens.empty() ? config.old_added_tokens : config.added_tokens, info->user_defined);
-        !s.ok())
-      return s;
+    std::vector<AddedToken> added =
+        config.added_tokens.empty() ? config.old_added_tokens : config.added_tokens;
+    std::erase_if(added, [&](const AddedToken& token) { return token.id >= config.embedding_rows; });
+    if (absl::Status s = BuildTables(added, info->user_defined); !s.ok()) return s;
     FindNewline();
     TokenizerDefaults defaults;
     if (processor_.bos_id() >= 0) {

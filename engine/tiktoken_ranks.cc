@@ -11,6 +11,8 @@
 namespace atp {
 namespace {
 
+constexpr size_t kMaxTokenBytes = 4096;
+
 constexpr int kControlTokens = 256;
 
 std::vector<AddedToken> Llama3ControlTokens(TokenId first) {
@@ -73,6 +75,10 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseTiktokenRanks(std::string_view t
     if (!ParseLine(line, &bytes, &rank)) {
       return absl::InvalidArgumentError(
           absl::StrCat(name, ":", line_number, ": expected a token in base64, a space and its rank"));
+    }
+    if (bytes.size() > kMaxTokenBytes) {  // every way to cut a token in two is tried
+      return absl::InvalidArgumentError(absl::StrCat(name, ":", line_number, ": a token of ", bytes.size(),
+                                                     " bytes; at most ", kMaxTokenBytes, " are possible"));
     }
     vocabulary.emplace_back(std::move(bytes), rank);
   }

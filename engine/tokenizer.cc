@@ -29,9 +29,11 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizerJson(const std::string& 
   return ParseTokenizerJson(*bytes, path, config);
 }
 
-absl::StatusOr<std::unique_ptr<Tokenizer>> LoadFromDirectory(const std::string& directory) {
+absl::StatusOr<std::unique_ptr<Tokenizer>> LoadFromDirectory(const std::string& directory,
+                                                             int64_t embedding_rows) {
   absl::StatusOr<TokenizerConfig> config = ReadTokenizerConfig(directory);
   if (!config.ok()) return config.status();
+  if (embedding_rows > 0) config->embedding_rows = static_cast<TokenId>(embedding_rows);
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
       LoadTokenizerModel(directory + "/tokenizer.model", *config);
   if (absl::IsNotFound(tokenizer.status()))
@@ -90,7 +92,7 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::string& mode
   const auto gguf = GgufWithTokenizer(model);
   if (!gguf.ok()) return gguf.status();
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
-      *gguf != nullptr ? LoadGgufTokenizer(**gguf) : LoadFromDirectory(ModelDirectory(model));
+      *gguf != nullptr ? LoadGgufTokenizer(**gguf) : LoadFromDirectory(ModelDirectory(model), embedding_rows);
   if (!tokenizer.ok()) return tokenizer;
   if (embedding_rows > 0 && (*tokenizer)->vocab_size() > embedding_rows) {
     return absl::InvalidArgumentError(absl::StrCat(model, ": the tokenizer has ", (*tokenizer)->vocab_size(),

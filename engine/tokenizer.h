@@ -37,8 +37,7 @@ class Tokenizer {
   virtual bool adds_bos() const = 0;
 
   // Never fails: any byte sequence has ids. `add_special`: BOS/EOS post-processing. `parse_special`: added
-  // tokens such as
-  // <|eot_id|> in the text become their ids — off for text that comes from users.
+  // tokens such as <|eot_id|> in the text become their ids — off for the messages of a chat.
   virtual std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const = 0;
 
   // The ids of a prompt that a template made of tokens and texts, as the whole was encoded in training.

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "engine/safetensors_header.h"
 
 namespace atp {
 namespace {
@@ -24,8 +25,10 @@ absl::StatusOr<Json> ReadJsonObject(const std::string& path) {
   Json json;
   try {
     json = Json::parse(*text);
-  } catch (const Json::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": not JSON: ", e.what()));
+  } catch (const Json::parse_error& e) {  // its text quotes the file, at any length
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not JSON: a syntax error at byte ", e.byte));
+  } catch (const Json::exception&) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not JSON: a number that no double can hold"));
   }
   if (!json.is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": expected a JSON object"));
   return json;
@@ -81,8 +84,9 @@ absl::Status ReadAddedTokens(const Json& config, const std::string& path, std::v
     const bool is_number =
         !key.empty() && key.size() <= 9 && key.find_first_not_of("0123456789") == std::string::npos;
     if (!content || !is_number) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          path, ": added_tokens_decoder must map token ids to objects with content, see '", key, "'"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": added_tokens_decoder must map token ids to objects with content, see ",
+                       QuoteForError(key)));
     }
     AddedToken token;
     token.content = *content;
@@ -103,7 +107,8 @@ absl::Status ReadOldAddedTokens(const std::string& path, std::vector<AddedToken>
   if (!json.ok()) return json.status();
   for (const auto& [content, id] : json->items()) {
     if (content.empty() || !id.is_number_unsigned() || id.get<uint64_t>() > INT32_MAX) {
-      return absl::InvalidArgumentError(absl::StrCat(path, ": must map tokens to ids, see '", content, "'"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": must map tokens to ids, see ", QuoteForError(content)));
     }
     tokens->emplace_back();
     tokens->back().content = content;
@@ -195,8 +200,8 @@ absl::StatusOr<ResolvedSpecials> ResolveSpecials(
   };
   const auto named = [&](const std::string& token, const char* field) -> absl::StatusOr<TokenId> {
     if (const auto id = id_of(token)) return *id;
-    return absl::InvalidArgumentError(
-        absl::StrCat(field, " of tokenizer_config.json is '", token, "', which is not in the vocabulary"));
+    return absl::InvalidArgumentError(absl::StrCat(field, " of tokenizer_config.json is ",
+                                                   QuoteForError(token), ", which is not in the vocabulary"));
   };
   ResolvedSpecials result;
   result.special.bos = defaults.bos;
@@ -221,6 +226,13 @@ absl::StatusOr<ResolvedSpecials> ResolveSpecials(
   for (TokenId id : eos) {
     std::vector<TokenId>& seen = result.special.eos;
     if (std::find(seen.begin(), seen.end(), id) == seen.end()) seen.push_back(id);
+  }
+  for (const std::vector<TokenId>* ids : {&defaults.prefix, &defaults.suffix}) {
+    for (TokenId id : *ids) {
+      if (id >= 0 && id < vocab_size) continue;
+      return absl::InvalidArgumentError(absl::StrCat("post_processor: adds token ", id,
+                                                     ", but the tokenizer's ids are 0 to ", vocab_size - 1));
+    }
   }
   result.prefix = defaults.prefix;
   result.suffix = defaults.suffix;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,6 +31,9 @@ struct TokenizerConfig {
   std::vector<AddedToken>
       old_added_tokens;       // added_tokens.json, where there are none of those: ids and texts only
   std::string chat_template;  // Jinja text, "" if none
+  // Added tokens with this id and higher are left out: the model has no embedding for them (a padding token
+  // that its training added, mostly).
+  TokenId embedding_rows = std::numeric_limits<TokenId>::max();
 };
 
 // Files that are absent say nothing; one that is there and broken is InvalidArgument with its path.

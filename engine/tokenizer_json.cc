@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/bpe_tokenizer.h"
+#include "engine/safetensors_header.h"
 #include "engine/utf8.h"
 
 namespace atp {
@@ -59,7 +60,8 @@ const std::string& Replacement(const Json& json, const char* field) {
 }
 
 [[noreturn]] void Unsupported(const char* part, const std::string& type, const char* supported) {
-  throw Malformed(absl::StrCat(part, " '", type, "' is not supported; supported are ", supported));
+  throw Malformed(
+      absl::StrCat(part, " ", QuoteForError(type), " is not supported; supported are ", supported));
 }
 
 // Calls visit for each element of a possibly nested Sequence, in order.
@@ -315,8 +317,10 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseTokenizerJson(std::string_view j
     absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Build(document, config);
     if (tokenizer.ok()) return tokenizer;
     return absl::InvalidArgumentError(absl::StrCat(name, ": ", std::string(tokenizer.status().message())));
+  } catch (const Json::parse_error& e) {  // its text quotes the file, at any length
+    return absl::InvalidArgumentError(absl::StrCat(name, ": not JSON: a syntax error at byte ", e.byte));
   } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat(name, ": ", e.what()));
+    return absl::InvalidArgumentError(absl::StrCat(name, ": ", std::string(e.what()).substr(0, 500)));
   }
 }
 

@@ -30,7 +30,7 @@ float ScaleFor(const float* x, int size, int top) {
 }
 
 int Quantize(float x, float scale, int top) {
-  if (scale == 0) return 0;
+  if (scale == 0 || std::isnan(x)) return 0;  // no integer says that a model overflowed
   return static_cast<int>(
       std::clamp(std::nearbyint(x / scale), static_cast<float>(-top - 1), static_cast<float>(top)));
 }

@@ -3,14 +3,15 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 
 namespace atp {
-namespace {
 
 // Collects a prompt: control tokens by name, and text between them. Neighbouring text is encoded as one, so
 // that tokens form across the seam of template and message as they did in training; and never with control
 // tokens parsed.
-class Prompt {
+class ChatTemplate::Prompt {
  public:
   explicit Prompt(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
 
@@ -54,6 +55,8 @@ class Prompt {
   std::string text_;
   std::vector<PromptPart> parts_;
 };
+
+namespace {
 
 std::string Trim(const std::string& text) {
   const char* space = " \t\r\n\f\v";
@@ -100,86 +103,29 @@ absl::Status CheckTurns(const std::vector<ChatMessage>& messages, const char* fo
   return absl::OkStatus();
 }
 
-// Touvron et al., "Llama 2" (arXiv 2307.09288), as in Meta's reference chat_completion().
-void RenderLlama2(const std::vector<ChatMessage>& messages, Prompt* prompt) {
-  const size_t first = IsSystem(messages[0]) ? 1 : 0;
-  for (size_t i = first; i < messages.size(); ++i) {
-    if (messages[i].role == "user") {
-      std::string content = messages[i].content;
-      if (i == 1 && first == 1)
-        content = absl::StrCat("<<SYS>>\n", messages[0].content, "\n<</SYS>>\n\n", content);
-      prompt->Bos();
-      prompt->Text(absl::StrCat("[INST] ", Trim(content), " [/INST]"));
-    } else {
-      prompt->Text(absl::StrCat(" ", Trim(messages[i].content), " "));
-      prompt->Eos("</s>");
-    }
+// What a Jinja template writes as the system message where there is none: one literal from the opening of the
+// turn to its end.
+std::string DefaultSystem(std::string_view jinja) {
+  constexpr std::string_view kOpening = "<|im_start|>system", kEnd = "<|im_end|>", kNewline = "\\n";
+  for (size_t at = jinja.find(kOpening); at != std::string_view::npos; at = jinja.find(kOpening, at + 1)) {
+    std::string_view rest = jinja.substr(at + kOpening.size());
+    if (rest.substr(0, kNewline.size()) != kNewline) continue;
+    rest.remove_prefix(kNewline.size());
+    const std::string_view text = rest.substr(0, rest.find(kEnd));
+    if (text.empty() || text.size() == rest.size() || text.find_first_of("'\"{}\\") != std::string_view::npos)
+      continue;  // put together of several parts
+    return std::string(text);
   }
+  return "";
 }
 
-// BOS once, then [INST] user [/INST] answer EOS. Vocabularies from v2 on have [INST] as a control token and
-// then no spaces around it. The system message stands before the first user message.
-void RenderMistral(const std::vector<ChatMessage>& messages, Prompt* prompt) {
-  const size_t first = IsSystem(messages[0]) ? 1 : 0;
-  const char* space = prompt->Has("[INST]") ? "" : " ";
-  prompt->Bos();
-  for (size_t i = first; i < messages.size(); ++i) {
-    if (messages[i].role == "user") {
-      prompt->Control("[INST]");
-      prompt->Text(space);
-      if (i == 1 && first == 1) prompt->Text(absl::StrCat(messages[0].content, "\n\n"));
-      prompt->Text(absl::StrCat(messages[i].content, space));
-      prompt->Control("[/INST]");
-    } else {
-      prompt->Text(absl::StrCat(space, messages[i].content));
-      prompt->Eos("</s>");
-    }
-  }
-}
-
-void Llama3Header(const char* role, Prompt* prompt) {
-  prompt->Control("<|start_header_id|>");
-  prompt->Text(role);
-  prompt->Control("<|end_header_id|>");
-  prompt->Text("\n\n");
-}
-
-void RenderLlama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt, Prompt* prompt) {
-  prompt->Bos();
-  for (const ChatMessage& message : messages) {
-    Llama3Header(Role(message), prompt);
-    prompt->Text(Trim(message.content));
-    prompt->Control("<|eot_id|>");
-  }
-  if (add_generation_prompt) Llama3Header("assistant", prompt);
-}
-
-void RenderChatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
-                  Prompt* prompt) {
-  if (bos) prompt->Bos();
-  for (const ChatMessage& message : messages) {
-    prompt->Control("<|im_start|>");
-    prompt->Text(absl::StrCat(Role(message), "\n", message.content));
-    prompt->Control("<|im_end|>");
-    prompt->Text("\n");
-  }
-  if (add_generation_prompt) {
-    prompt->Control("<|im_start|>");
-    prompt->Text("assistant\n");
-  }
-}
-
-// For base models: a dialogue as a page of text has it.
-void RenderPlain(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
-                 Prompt* prompt) {
-  if (bos) prompt->Bos();
-  for (const ChatMessage& message : messages) {
-    std::string speaker = message.name;
-    if (speaker.empty())
-      speaker = IsSystem(message) ? "System" : message.role == "user" ? "User" : "Assistant";
-    prompt->Text(absl::StrCat(speaker, ": ", message.content, "\n"));
-  }
-  if (add_generation_prompt) prompt->Text("Assistant:");
+// `{%- set date_string = "26 Jul 2024" %}`; "" where the template asks for today.
+std::string DateOf(std::string_view jinja) {
+  constexpr std::string_view kSet = "date_string = \"";
+  const size_t at = jinja.find(kSet);
+  if (at == std::string_view::npos || jinja.find("strftime_now") != std::string_view::npos) return "";
+  const std::string_view rest = jinja.substr(at + kSet.size());
+  return std::string(rest.substr(0, rest.find('"')));
 }
 
 }  // namespace
@@ -212,10 +158,120 @@ absl::StatusOr<ChatTemplate> ChatTemplate::Create(std::string_view name) {
 
 ChatTemplate ChatTemplate::Detect(std::string_view jinja) {
   const auto has = [&](std::string_view marker) { return jinja.find(marker) != std::string_view::npos; };
-  if (has("<|start_header_id|>")) return ChatTemplate(Format::kLlama3);
-  if (has("<|im_start|>")) return ChatTemplate(Format::kChatml);
-  if (has("[INST]")) return ChatTemplate(has("<<SYS>>") ? Format::kLlama2 : Format::kMistral);
+  if (has("<|start_header_id|>")) {
+    ChatTemplate chat(Format::kLlama3);
+    chat.dates_ = has("Cutting Knowledge Date: December 2023");
+    if (chat.dates_) chat.date_ = DateOf(jinja);
+    return chat;
+  }
+  // Phi-4 closes a role with a token of its own, Mistral of 2024-11 has tokens for the system message.
+  if (has("<|im_sep|>") || has("[SYSTEM_PROMPT]")) return ChatTemplate(Format::kPlain);
+  if (has("<|im_start|>")) {
+    ChatTemplate chat(Format::kChatml);
+    chat.default_system_ = DefaultSystem(jinja);
+    return chat;
+  }
+  if (has("[INST]")) {
+    ChatTemplate chat(has("<<SYS>>") ? Format::kLlama2 : Format::kMistral);
+    chat.system_comes_last_ = has("loop.last and system_message");
+    return chat;
+  }
   return ChatTemplate(Format::kPlain);
+}
+
+// Touvron et al., "Llama 2" (arXiv 2307.09288), as in Meta's reference chat_completion().
+void ChatTemplate::RenderLlama2(const std::vector<ChatMessage>& messages, Prompt* prompt) const {
+  const size_t first = IsSystem(messages[0]) ? 1 : 0;
+  for (size_t i = first; i < messages.size(); ++i) {
+    if (messages[i].role == "user") {
+      std::string content = messages[i].content;
+      if (i == 1 && first == 1)
+        content = absl::StrCat("<<SYS>>\n", messages[0].content, "\n<</SYS>>\n\n", content);
+      prompt->Bos();
+      prompt->Text(absl::StrCat("[INST] ", Trim(content), " [/INST]"));
+    } else {
+      prompt->Text(absl::StrCat(" ", Trim(messages[i].content), " "));
+      prompt->Eos("</s>");
+    }
+  }
+}
+
+// BOS once, then [INST] user [/INST] answer EOS. Vocabularies from v2 on have [INST] as a control token and
+// then no spaces around it. The system message stands before the first user message, or from v3 on before
+// the one that ends the conversation.
+void ChatTemplate::RenderMistral(const std::vector<ChatMessage>& messages, Prompt* prompt) const {
+  const size_t first = IsSystem(messages[0]) ? 1 : 0;
+  const size_t with_system = system_comes_last_ ? messages.size() - 1 : 1;
+  const char* space = prompt->Has("[INST]") ? "" : " ";
+  prompt->Bos();
+  for (size_t i = first; i < messages.size(); ++i) {
+    if (messages[i].role == "user") {
+      prompt->Control("[INST]");
+      prompt->Text(space);
+      if (i == with_system && first == 1) prompt->Text(absl::StrCat(messages[0].content, "\n\n"));
+      prompt->Text(absl::StrCat(messages[i].content, space));
+      prompt->Control("[/INST]");
+    } else {
+      prompt->Text(absl::StrCat(space, messages[i].content));
+      prompt->Eos("</s>");
+    }
+  }
+}
+
+void ChatTemplate::RenderLlama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
+                                Prompt* prompt) const {
+  const auto header = [&](const char* role) {
+    prompt->Control("<|start_header_id|>");
+    prompt->Text(role);
+    prompt->Control("<|end_header_id|>");
+    prompt->Text("\n\n");
+  };
+  prompt->Bos();
+  size_t first = 0;
+  if (dates_) {
+    const std::string today = absl::FormatTime("%d %b %Y", absl::Now(), absl::UTCTimeZone());
+    header("system");
+    prompt->Text(absl::StrCat(
+        "Cutting Knowledge Date: December 2023\nToday Date: ", date_.empty() ? today : date_, "\n\n"));
+    if (IsSystem(messages[0])) prompt->Text(Trim(messages[first++].content));
+    prompt->Control("<|eot_id|>");
+  }
+  for (size_t i = first; i < messages.size(); ++i) {
+    header(Role(messages[i]));
+    prompt->Text(Trim(messages[i].content));
+    prompt->Control("<|eot_id|>");
+  }
+  if (add_generation_prompt) header("assistant");
+}
+
+void ChatTemplate::RenderChatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
+                                bool bos, Prompt* prompt) const {
+  const auto turn = [&](const char* role, const std::string& content) {
+    prompt->Control("<|im_start|>");
+    prompt->Text(absl::StrCat(role, "\n", content));
+    prompt->Control("<|im_end|>");
+    prompt->Text("\n");
+  };
+  if (bos) prompt->Bos();
+  if (!default_system_.empty() && !IsSystem(messages[0])) turn("system", default_system_);
+  for (const ChatMessage& message : messages) turn(Role(message), message.content);
+  if (add_generation_prompt) {
+    prompt->Control("<|im_start|>");
+    prompt->Text("assistant\n");
+  }
+}
+
+// For base models: a dialogue as a page of text has it.
+void ChatTemplate::RenderPlain(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
+                               Prompt* prompt) const {
+  if (bos) prompt->Bos();
+  for (const ChatMessage& message : messages) {
+    std::string speaker = message.name;
+    if (speaker.empty())
+      speaker = IsSystem(message) ? "System" : message.role == "user" ? "User" : "Assistant";
+    prompt->Text(absl::StrCat(speaker, ": ", message.content, "\n"));
+  }
+  if (add_generation_prompt) prompt->Text("Assistant:");
 }
 
 absl::StatusOr<std::vector<TokenId>> ChatTemplate::Render(const std::vector<ChatMessage>& messages,

@@ -24,7 +24,9 @@ class ChatTemplate {
   static absl::StatusOr<ChatTemplate> Create(std::string_view name);
 
   // The format that a Jinja template (ReadChatTemplate() in engine/tokenizer_config.h) belongs to, by the
-  // control tokens it writes; plain when it is none of them or empty.
+  // control tokens it writes; plain when it is none of them or empty. Also what it says by itself: the system
+  // message of conversations without one (Qwen, SmolLM2), the dates of Llama 3.1 and later, and where Mistral
+  // has the system message.
   static ChatTemplate Detect(std::string_view jinja);
 
   const char* name() const;
@@ -44,10 +46,24 @@ class ChatTemplate {
   std::vector<std::string> StopTokens() const;
 
  private:
+  class Prompt;
   enum class Format { kLlama2, kLlama3, kChatml, kMistral, kPlain };
   explicit ChatTemplate(Format format) : format_(format) {}
 
+  void RenderLlama2(const std::vector<ChatMessage>& messages, Prompt* prompt) const;
+  void RenderLlama3(const std::vector<ChatMessage>& messages, bool add_generation_prompt,
+                    Prompt* prompt) const;
+  void RenderChatml(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
+                    Prompt* prompt) const;
+  void RenderMistral(const std::vector<ChatMessage>& messages, Prompt* prompt) const;
+  void RenderPlain(const std::vector<ChatMessage>& messages, bool add_generation_prompt, bool bos,
+                   Prompt* prompt) const;
+
   Format format_;
+  std::string default_system_;      // chatml
+  bool dates_ = false;              // llama-3: the system message begins with the date of knowledge and
+  std::string date_;                // of this day; empty: the day of the request
+  bool system_comes_last_ = false;  // mistral: before the last user message, not the first
 };
 
 }  // namespace atp

@@ -144,7 +144,7 @@ absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptI
     return TokenizeChat(*messages, add_generation_prompt);
   std::vector<TokenId> ids;
   if (const auto* text = std::get_if<std::string>(&prompt)) {
-    ids = tokenizer_->Encode(*text, /*add_special=*/true, /*parse_special=*/false);
+    ids = tokenizer_->Encode(*text, /*add_special=*/true, /*parse_special=*/true);
   } else {
     ids = std::get<std::vector<TokenId>>(prompt);
     if (absl::Status s = CheckIds(ids, model_.vocab_size, "prompt"); !s.ok()) return s;
@@ -193,7 +193,7 @@ absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, cons
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::Tokenize(std::string_view text,
                                                                bool add_special) const {
-  return tokenizer_->Encode(text, add_special, /*parse_special=*/false);
+  return tokenizer_->Encode(text, add_special, /*parse_special=*/true);
 }
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::TokenizeChat(const std::vector<ChatMessage>& messages,

@@ -69,6 +69,7 @@ class GenerateService {
   static absl::Status CheckScored(int64_t scored);
   void Cancel(RequestId id) { engine_->Cancel(id); }
 
+  // As a prompt: control tokens that the text spells are such.
   absl::StatusOr<std::vector<TokenId>> Tokenize(std::string_view text, bool add_special) const;
   absl::StatusOr<std::vector<TokenId>> TokenizeChat(const std::vector<ChatMessage>& messages,
                                                     bool add_generation_prompt = true) const;

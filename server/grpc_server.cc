@@ -1,5 +1,6 @@
 #include "server/grpc_server.h"
 
+#include <grpc/grpc.h>
 #include <grpc/support/log.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
@@ -13,6 +14,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <future>
 #include <limits>
 #include <string>
 #include <utility>
@@ -119,15 +121,26 @@ class GrpcServerImpl final : public GrpcServer {
     health->SetServingStatus(v1::Inference::service_full_name(), serving);
   }
 
+  void StartDrain() override {
+    if (server_ == nullptr || shutdown_.valid()) return;
+    shutdown_ = std::async(std::launch::async, [this] { server_->Shutdown(); });  // waits for open calls
+  }
+
   void Stop(absl::Duration grace) override {
+    StartDrain();
     if (server_ == nullptr || std::exchange(stopped_, true)) return;
-    server_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
+    // Watchers of the health service never end by themselves.
+    if (shutdown_.wait_for(absl::ToChronoNanoseconds(grace)) == std::future_status::timeout) {
+      grpc_server_cancel_all_calls(server_->c_server());
+    }
+    shutdown_.wait();
     server_->Wait();
   }
 
  private:
   InferenceService inference_;
   std::unique_ptr<grpc::Server> server_;
+  std::future<void> shutdown_;  // under way since StartDrain()
   int port_ = 0;
   bool stopped_ = false;
 };
@@ -139,6 +152,7 @@ void LogGrpcLine(gpr_log_func_args* args) {
               "grpc_library file={} line={} message=\"{}\"", args->file, args->line, args->message);
 }
 
+constexpr int kConnectionAgeMs = 10 * 60 * 1000;
 constexpr size_t kQuotaBytes = 256 << 20;  // of gRPC's own buffers, besides 16 of the largest messages
 
 int ClampToInt(int64_t value) {
@@ -160,6 +174,9 @@ void SetLimits(const ServerConfig& config, grpc::ServerBuilder* builder) {
   // each holds no more than that.
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_connections);
   builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, ClampToInt(config.idle_timeout_ms));
+  // Busy ones are asked to connect anew now and then, and find servers that were added since; their calls
+  // end in peace.
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, kConnectionAgeMs);
   // Reflection is the one service of gRPC's own that is served by threads; a few are enough for it.
   builder->SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
   builder->SetSyncServerOption(grpc::ServerBuilder::MIN_POLLERS, 1);

@@ -24,7 +24,10 @@ class GrpcServer {
   virtual int port() const = 0;
   // grpc.health.v1: SERVING or NOT_SERVING, for "" and "atp.v1.Inference".
   virtual void SetServing(bool serving) = 0;
-  // Accepts nothing more, lets open calls finish for `grace`, then cancels them.
+  // Accepts nothing more and tells clients to connect elsewhere (GOAWAY), at once; open calls go on. A call
+  // that was on its way meanwhile ends with CANCELLED.
+  virtual void StartDrain() = 0;
+  // The same, where it was not done yet; lets open calls finish for `grace`, then cancels them.
   virtual void Stop(absl::Duration grace) = 0;
 };
 

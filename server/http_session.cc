@@ -438,10 +438,11 @@ void HttpSession::FinishAnswer() {
 void HttpSession::Record(int status) {
   const absl::Duration duration = absl::Now() - began_;
   owner_.metrics().OnResponse("http", route_, absl::StrCat(status), duration);
-  if (!spdlog::should_log(spdlog::level::debug)) return;
-  spdlog::debug("http_request id={} method={} route={} status={} bytes={} duration_ms={:.3f}",
-                absl::CEscape(request_.request_id), absl::CEscape(request_.method), route_, status,
-                sent_bytes_, absl::ToDoubleMilliseconds(duration));
+  const auto level = status == 500 ? spdlog::level::err : spdlog::level::debug;  // our fault
+  if (!spdlog::should_log(level)) return;
+  spdlog::log(level, "http_request id={} method={} route={} status={} bytes={} duration_ms={:.3f}",
+              absl::CEscape(request_.request_id), absl::CEscape(request_.method), route_, status, sent_bytes_,
+              absl::ToDoubleMilliseconds(duration));
 }
 
 // --- the end ---

@@ -101,7 +101,6 @@ std::vector<prometheus::MetricFamily> EngineFamilies(const GenerateService& serv
   const double usage = stats.kv_blocks_total > 0 ? static_cast<double>(stats.kv_blocks_used) /
                                                        static_cast<double>(stats.kv_blocks_total)
                                                  : 0.0;
-  gauge("atp_ready", "1 while the server takes requests, 0 while it drains.", service.ready() ? 1 : 0);
   gauge("atp_requests_running", "Requests in the running batch.", stats.requests_running);
   gauge("atp_requests_waiting", "Requests in the queue, not yet scheduled.", stats.requests_waiting);
   gauge("atp_kv_cache_blocks", "Blocks of the KV cache.", static_cast<double>(stats.kv_blocks_total));
@@ -187,7 +186,8 @@ struct Metrics::Families {
   prometheus::Histogram& inter_token =
       Histogram("atp_inter_token_latency_seconds", "Between two tokens of one answer.", kInterTokenBuckets);
   prometheus::Histogram& queue_time =
-      Histogram("atp_queue_time_seconds", "From submit to first scheduled.", kQueueBuckets);
+      Histogram("atp_queue_time_seconds",
+                "From submit to first scheduled, or to the end of a request that never was.", kQueueBuckets);
   prometheus::Histogram& request_duration =
       Histogram("atp_request_duration_seconds", "From submit to the end of the request.", kRequestBuckets);
   prometheus::Histogram& batch_size =
@@ -258,6 +258,14 @@ void Metrics::OnStep(const StepReport& report) {
   families_->fit_output_residual.Observe(report.fits, &PrincipalFitReport::output_residual);
 }
 
+void Metrics::OnStarted(absl::Duration queue_time) {
+  families_->queue_time.Observe(absl::ToDoubleSeconds(queue_time));
+}
+
+void Metrics::OnFirstToken(absl::Duration since_submit) {
+  families_->first_token.Observe(absl::ToDoubleSeconds(since_submit));
+}
+
 void Metrics::OnInterTokenLatency(absl::Duration latency) {
   families_->inter_token.Observe(absl::ToDoubleSeconds(latency));
 }
@@ -268,10 +276,8 @@ void Metrics::OnRequestFinished(const RequestReport& report) {
   for (size_t i = 0; i < kFinishReasons.size(); ++i) {
     if (kFinishReasons[i].first == report.reason) families_->finished_by_reason[i]->Increment();
   }
-  families_->queue_time.Observe(absl::ToDoubleSeconds(report.queue_time));
-  if (report.time_to_first_token > absl::ZeroDuration()) {
-    families_->first_token.Observe(absl::ToDoubleSeconds(report.time_to_first_token));
-  }
+  // Those that ended in the queue waited, too.
+  if (!report.started) families_->queue_time.Observe(absl::ToDoubleSeconds(report.queue_time));
   families_->request_duration.Observe(absl::ToDoubleSeconds(report.request_time));
 }
 
@@ -291,7 +297,11 @@ void Metrics::Attach(const GenerateService* service) { families_->service.store(
 
 std::string Metrics::Render() {
   std::vector<prometheus::MetricFamily> all = families_->registry.Collect();
-  if (const GenerateService* service = families_->service.load()) {
+  const GenerateService* const service = families_->service.load();
+  all.push_back(Family(prometheus::MetricType::Gauge, "atp_ready",
+                       "1 while the server takes requests, 0 while it loads and while it drains.",
+                       service != nullptr && service->ready() ? 1 : 0, {}));
+  if (service != nullptr) {
     for (prometheus::MetricFamily& family : EngineFamilies(*service)) all.push_back(std::move(family));
   }
   return prometheus::TextSerializer().Serialize(all);

@@ -20,6 +20,8 @@ class Metrics final : public EngineObserver {
   ~Metrics() override;
 
   void OnStep(const StepReport& report) override;
+  void OnStarted(absl::Duration queue_time) override;
+  void OnFirstToken(absl::Duration since_submit) override;
   void OnInterTokenLatency(absl::Duration latency) override;
   void OnRequestFinished(const RequestReport& report) override;
 
@@ -29,7 +31,7 @@ class Metrics final : public EngineObserver {
                   absl::Duration duration);
   void SetHttpConnections(int open);
 
-  // From then on scrapes show the engine's gauges and the build and model info.
+  // From then on scrapes show the engine's gauges and the build and model info; until then atp_ready is 0.
   void Attach(const GenerateService* service);
 
   // Text exposition format 0.0.4.

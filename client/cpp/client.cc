@@ -3,6 +3,7 @@
 #include <grpcpp/create_channel.h>
 #include <grpcpp/security/credentials.h>
 
+#include <memory>
 #include <mutex>
 
 #include "absl/strings/cord.h"
@@ -129,12 +130,14 @@ void Cancellation::Cancel() {
 
 struct Client::Impl {
   std::string api_key;
+  absl::Duration timeout;
   std::unique_ptr<v1::Inference::Stub> stub;
 
   // The context of one call, known to its Cancellation for exactly as long as it lives.
   class Call {
    public:
     Call(const Impl& impl, Cancellation* cancellation) : cancellation_(cancellation) {
+      SetTimeout(impl.timeout);
       if (!impl.api_key.empty()) context_.AddMetadata("authorization", absl::StrCat("Bearer ", impl.api_key));
       if (cancellation_ != nullptr) cancellation_->state_->Attach(&context_);
     }
@@ -146,11 +149,16 @@ struct Client::Impl {
 
     void Describe(const Request& request) {
       if (!request.request_id.empty()) context_.AddMetadata("x-request-id", request.request_id);
-      if (request.timeout) context_.set_deadline(absl::ToChronoTime(absl::Now() + *request.timeout));
+      if (request.timeout) SetTimeout(*request.timeout);
     }
     grpc::ClientContext* context() { return &context_; }
 
    private:
+    void SetTimeout(absl::Duration timeout) {
+      if (timeout < absl::InfiniteDuration())
+        context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    }
+
     grpc::ClientContext context_;
     Cancellation* cancellation_;
   };
@@ -158,11 +166,16 @@ struct Client::Impl {
 
 Client::Client(const ClientOptions& options) : impl_(std::make_unique<Impl>()) {
   impl_->api_key = options.api_key;
+  impl_->timeout = options.timeout;
   grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
+  if (!options.load_balancing.empty()) arguments.SetLoadBalancingPolicyName(options.load_balancing);
   arguments.SetMaxReceiveMessageSize(
       -1);  // a long answer with log probabilities passes gRPC's default of 4 MiB
-  impl_->stub = v1::Inference::NewStub(
-      grpc::CreateCustomChannel(options.address, grpc::InsecureChannelCredentials(), arguments));
+  const auto credentials = options.tls ? grpc::SslCredentials({options.root_certificates, "", ""})
+                                       : grpc::InsecureChannelCredentials();
+  impl_->stub = v1::Inference::NewStub(grpc::CreateCustomChannel(options.address, credentials, arguments));
 }
 Client::~Client() = default;
 

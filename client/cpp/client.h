@@ -30,6 +30,10 @@ namespace atp::client {
 struct ClientOptions {
   std::string address = "127.0.0.1:8001";  // host:port
   std::string api_key;                     // sent as `authorization: Bearer KEY` when not empty
+  bool tls = false;  // for a server behind a TLS proxy; without it nothing is encrypted, the key included
+  std::string root_certificates;  // PEM, with tls; empty: the system's
+  std::string load_balancing;     // a gRPC policy, as "round_robin"; empty: gRPC's default, one connection
+  absl::Duration timeout = absl::InfiniteDuration();  // of every call that brings none
 };
 
 struct Message {
@@ -70,7 +74,7 @@ struct Request {
   bool echo = false;
   std::optional<Compression> atp;
   int priority = 0;
-  std::optional<absl::Duration> timeout;  // becomes the call's deadline
+  std::optional<absl::Duration> timeout;  // becomes the call's deadline; not set: ClientOptions::timeout
   std::string request_id;                 // sent as x-request-id when not empty
 
   static Request Prompt(std::string text) { return Make(std::move(text)); }
@@ -167,7 +171,8 @@ class Cancellation {
   std::unique_ptr<State> state_;
 };
 
-// Thread-safe. The connection is made at the first call and again whenever it was lost.
+// Thread-safe. The connection is made at the first call and again whenever it was lost; a server that
+// vanished without a word is noticed within 40 seconds.
 class Client {
  public:
   explicit Client(const ClientOptions& options);

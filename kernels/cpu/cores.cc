@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <fstream>
 #include <set>
@@ -15,6 +16,8 @@
 
 namespace atp::cpu {
 namespace {
+
+constexpr size_t kMostCpuSets = 64;  // of 1,024 CPUs each
 
 std::string FirstLine(const std::string& path) {
   std::ifstream file(path);
@@ -96,12 +99,16 @@ int CgroupCpuLimit(const std::string& root) {
 }
 
 int GrantedCores(const std::string& root) {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return 1;
+  // The kernel refuses sets that are smaller than its own, which may be larger than cpu_set_t.
+  std::vector<cpu_set_t> allowed(1);
+  while (sched_getaffinity(0, allowed.size() * sizeof(cpu_set_t), allowed.data()) != 0) {
+    if (errno != EINVAL || allowed.size() == kMostCpuSets) return 1;
+    allowed.resize(2 * allowed.size());
+  }
   std::set<int> cores;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (CPU_ISSET(cpu, &allowed)) cores.insert(CoreOf(cpu, root));
+  for (size_t cpu = 0; cpu < allowed.size() * CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET_S(cpu, allowed.size() * sizeof(cpu_set_t), allowed.data()))
+      cores.insert(CoreOf(static_cast<int>(cpu), root));
   }
   const int physical = std::max<int>(1, static_cast<int>(cores.size()));
   const int limit = CgroupCpuLimit(root);

@@ -2,6 +2,7 @@
 #include "kernels/cpu/cpu_backend.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <utility>
@@ -29,6 +30,7 @@ namespace {
 constexpr int64_t kElementsPerPart = 8192;
 // Parts per thread of a matrix product: finer parts even out cores that others disturb.
 constexpr int64_t kPartsPerThread = 4;
+constexpr size_t kMostPartialFloats = 16 << 20;  // of attention that is cut; where more, there is work enough
 
 // A part's x, of the second-level cache (1 MiB), where a kernel could use more rows than usual.
 constexpr int64_t kPartWords = 256 << 10;
@@ -302,9 +304,7 @@ class CpuBackend final : public Backend {
       }
     }
     const int64_t parts = static_cast<int64_t>(attention_parts_.size());
-    if (pool_.threads() > 1 && parts < pool_.threads() * kPartsPerThread && chunks > parts) {
-      SplitChunks(args);
-    }
+    if (pool_.threads() > 1 && parts < pool_.threads() * kPartsPerThread && chunks > parts) SplitChunks(args);
     const auto work = [](const AttentionPart& part) {
       return static_cast<int64_t>(part.chunk_end - part.chunk_begin) * (part.row_end - part.row_begin);
     };
@@ -322,7 +322,9 @@ class CpuBackend final : public Backend {
     for (const AttentionPart& merge : attention_merges_) {
       total += floats(merge) * static_cast<size_t>(merge.chunk_end);
     }
-    float* partial = attention_partials_.Reserve(total);
+    if (total > kMostPartialFloats) return attention_merges_.swap(attention_parts_);
+    // By doubling: each 512 tokens of a context make another chunk.
+    float* partial = attention_partials_.Reserve(std::bit_ceil(total));
     for (AttentionPart& merge : attention_merges_) {
       merge.partial = partial;
       for (int chunk = 0; chunk < merge.chunk_end; ++chunk, partial += floats(merge)) {
@@ -436,10 +438,8 @@ class CpuBackend final : public Backend {
   void PrepareAngles(const RopeArgs& args) {
     const size_t half = static_cast<size_t>(args.head_dim / 2);
     const std::span<const float> frequencies(args.inverse_frequency, half);
-    if (std::equal(args.positions.begin(), args.positions.end(), angle_positions_.begin(),
-                   angle_positions_.end()) &&
-        std::equal(frequencies.begin(), frequencies.end(), angle_frequencies_.begin(),
-                   angle_frequencies_.end())) {
+    if (std::ranges::equal(args.positions, angle_positions_) &&
+        std::ranges::equal(frequencies, angle_frequencies_)) {
       return;
     }
     angle_positions_.assign(args.positions.begin(), args.positions.end());

@@ -1,6 +1,10 @@
 #include "kernels/cpu/thread_pool.h"
 
+#include <stdexcept>
+#include <system_error>
+
 #include "absl/base/macros.h"
+#include "absl/strings/str_cat.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,11 +43,19 @@ ThreadPool::ThreadPool(int threads) {
   ABSL_ASSERT(threads >= 1);
   workers_.reserve(threads - 1);
   for (int thread = 1; thread < threads; ++thread) {
-    workers_.emplace_back([this, thread] { WorkerLoop(thread); });
+    try {
+      workers_.emplace_back([this, thread] { WorkerLoop(thread); });
+    } catch (const std::system_error& error) {  // a limit on processes, mostly
+      Stop();
+      throw std::runtime_error(absl::StrCat("cannot start thread ", thread + 1, " of ", threads, ": ",
+                                            error.code().message(), "; lower backend.threads (--threads)"));
+    }
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { Stop(); }
+
+void ThreadPool::Stop() {
   stopping_.store(true, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

@@ -14,7 +14,8 @@ namespace atp::cpu {
 
 class ThreadPool {
  public:
-  // threads >= 1, counting the caller of ParallelFor: threads - 1 workers are started.
+  // threads >= 1, counting the caller of ParallelFor: threads - 1 workers are started. Throws
+  // std::runtime_error, with none of them left, where the system refuses one.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -41,6 +42,7 @@ class ThreadPool {
   using Function = void (*)(void* context, int64_t part, int thread);
 
   void Run(int64_t parts, Function function, void* context);
+  void Stop();
   void WorkerLoop(int thread);
   void RunParts(int thread);
 

@@ -69,6 +69,8 @@ class BadArguments(unittest.TestCase):
         self.check("eval", "--text", "a", "--ids", "b", says="either")
         self.check("eval", "--ids", "x.npy", "--ratio", "1,1.5", says="--ratio 1.5")
         self.check("eval", "--ids", "x.npy", "--ratio", "0.5", "--segment", "0", says="--segment 0")
+        self.check("eval", "--ids", "x.npy", "--bits", "16,5", says="--bits 5")
+        self.check("eval", "--ids", "x.npy", "--cap", "-5", says="--cap -5")
         self.check("bench", "decode", "--ratio", "0.5", says="--ratio")
         self.check("bench", "prefill", "--ratio", "1.5", says="--ratio")
         self.check("bench", "serve", "--cap", "64", says="give --ratio too")

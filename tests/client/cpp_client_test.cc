@@ -166,6 +166,26 @@ TEST_F(CppClientTest, TimeoutsAreDeadlines) {
   EXPECT_TRUE(engine_->AwaitLive(0));
 }
 
+TEST_F(CppClientTest, TheClientsOwnTimeoutIsForCallsThatBringNone) {
+  testing::FakeEngine::Options options;
+  options.hold = true;
+  Start(options);
+  client::ClientOptions client_options;
+  client_options.address = "127.0.0.1:" + std::to_string(server_->port());
+  client_options.timeout = absl::Milliseconds(100);
+  EXPECT_EQ(client::Client(client_options).Generate(Prompt(1)).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_TRUE(engine_->AwaitLive(0));
+}
+
+TEST_F(CppClientTest, TlsSpeaksToNoPlainServer) {
+  Start();
+  client::ClientOptions options;
+  options.address = "127.0.0.1:" + std::to_string(server_->port());
+  options.tls = true;
+  EXPECT_EQ(client::Client(options).Info().status().code(), absl::StatusCode::kUnavailable);
+}
+
 TEST_F(CppClientTest, SmallCallsAndApiKey) {
   config_.server.api_keys = {"secret"};
   api_key_ = "secret";

@@ -1,7 +1,11 @@
 """The Python client against a servicer in this process: what it sends, what it makes of answers, errors and cancels."""
 
 import os
+import pickle
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 from concurrent import futures
@@ -100,6 +104,10 @@ class PythonClientTest(unittest.TestCase):
         self.assertEqual(self.servicer.request.WhichOneof("input"), "prompt_tokens")
         self.client.generate([{"role": "user", "content": "hello"}])
         self.assertEqual(self.servicer.request.chat.messages[0].content, "hello")
+        with self.assertRaisesRegex(TypeError, "bytes"):
+            self.client.generate(b"hello")
+        self.client.generate("hi", stop="END")
+        self.assertEqual(list(self.servicer.request.sampling.stop), ["END"])
 
     def test_compression(self):
         self.client.generate("hi")
@@ -132,6 +140,9 @@ class PythonClientTest(unittest.TestCase):
             self.client.generate("full")
         self.assertEqual(caught.exception.code, grpc.StatusCode.RESOURCE_EXHAUSTED)
         self.assertEqual(caught.exception.retry_after, 1.5)
+        copy = pickle.loads(pickle.dumps(caught.exception))  # as it comes out of another process
+        self.assertEqual((type(copy), copy.code, copy.message, copy.retry_after, str(copy)),
+                         (AtpError, grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", 1.5, str(caught.exception)))
         with self.assertRaises(AtpError) as caught:
             list(self.client.stream("bad"))
         self.assertEqual(caught.exception.code, grpc.StatusCode.INVALID_ARGUMENT)
@@ -143,7 +154,27 @@ class PythonClientTest(unittest.TestCase):
         self.assertFalse(self.servicer.request.add_special_tokens)
         self.assertEqual(self.client.detokenize([7]), "[7]")
         self.assertEqual(self.client.models()[0].id, "tiny")
-        self.assertTrue(self.client.info().ready)
+        self.assertTrue(self.client.info(timeout=60).ready)
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl to make a certificate with")
+    def test_tls(self):
+        with tempfile.TemporaryDirectory() as folder:
+            key, certificate = os.path.join(folder, "key.pem"), os.path.join(folder, "certificate.pem")
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", key,
+                            "-out", certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+                           check=True, capture_output=True)
+            with open(key, "rb") as key_file, open(certificate, "rb") as certificate_file:
+                pair = key_file.read(), certificate_file.read()
+        server = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+        self.addCleanup(lambda: server.stop(None).wait())
+        pb_grpc.add_InferenceServicer_to_server(self.servicer, server)
+        port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
+        server.start()
+        with Client(f"localhost:{port}", credentials=grpc.ssl_channel_credentials(pair[1])) as client:
+            self.assertEqual(client.generate("hi", timeout=60).text, "ab")
+        with Client(f"localhost:{port}") as plain, self.assertRaises(AtpError) as caught:
+            plain.info(timeout=60)
+        self.assertEqual(caught.exception.code, grpc.StatusCode.UNAVAILABLE)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ def deploy_files(*endings):
 
 
 def manifests():
-    """kind -> document of the plain manifests."""
+    """kind -> document of the plain manifests; the headless Service is "HeadlessService"."""
     documents = [load(path) for path in deploy_files(".yaml") if "/kubernetes/" in path]
-    return {document["kind"]: document for document in documents}
+    headless = lambda document: document.get("spec", {}).get("clusterIP") == "None"
+    return {("Headless" if headless(document) else "") + document["kind"]: document for document in documents}
 
 
 def container():
@@ -103,7 +104,7 @@ class Syntax(unittest.TestCase):
                                 capture_output=True, text=True, timeout=60)
         self.assertEqual(result.returncode, 0, result.stderr)
         kinds = {document["kind"] for document in yaml.safe_load_all(result.stdout)}
-        self.assertEqual(kinds, set(manifests()) - {"Kustomization"})
+        self.assertEqual(kinds, {kind.removeprefix("Headless") for kind in manifests()} - {"Kustomization"})
 
 
 class Ports(unittest.TestCase):
@@ -130,6 +131,8 @@ class Ports(unittest.TestCase):
             self.assertEqual(port["port"], ports()[port["name"]])
             self.assertEqual(port["targetPort"], port["name"])
         self.assertEqual(len(manifests()["Service"]["spec"]["ports"]), 3)
+        (grpc,) = manifests()["HeadlessService"]["spec"]["ports"]
+        self.assertEqual((grpc["port"], grpc["targetPort"]), (ports()["grpc"], "grpc"))
         annotations = manifests()["Deployment"]["spec"]["template"]["metadata"]["annotations"]
         self.assertEqual(annotations["prometheus.io/port"], str(ports()["metrics"]))
 
@@ -210,6 +213,7 @@ class Consistency(unittest.TestCase):
         kinds = manifests()
         labels = kinds["Deployment"]["spec"]["template"]["metadata"]["labels"]
         for selector in (kinds["Deployment"]["spec"]["selector"]["matchLabels"], kinds["Service"]["spec"]["selector"],
+                         kinds["HeadlessService"]["spec"]["selector"],
                          kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]):
             self.assertTrue(selector)
             self.assertLessEqual(selector.items(), labels.items())
@@ -245,7 +249,10 @@ class Consistency(unittest.TestCase):
     def test_resources_are_set(self):
         resources = container()["resources"]
         self.assertIn("memory", resources["limits"])
-        self.assertLessEqual({"cpu", "memory"}, set(resources["requests"]))
+        # The cache is sized by the limit, the threads by the configuration: both are asked for.
+        self.assertEqual(resources["requests"]["memory"], resources["limits"]["memory"])
+        configuration = yaml.safe_load(manifests()["ConfigMap"]["data"]["atp.yaml"])
+        self.assertEqual(str(configuration["backend"]["threads"]), resources["requests"]["cpu"])
 
     def test_mounted_configuration_is_the_one_that_is_served(self):
         (mount,) = container()["volumeMounts"]

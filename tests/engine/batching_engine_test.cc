@@ -28,13 +28,21 @@ class CountingObserver : public EngineObserver {
     prefill_tokens += report.prefill_tokens;
     decode_tokens += report.decode_tokens;
   }
+  void OnStarted(absl::Duration queue_time) override {
+    EXPECT_GE(queue_time, absl::ZeroDuration());
+    ++started;
+  }
+  void OnFirstToken(absl::Duration since_submit) override {
+    EXPECT_GT(since_submit, absl::ZeroDuration());
+    EXPECT_LE(++first_tokens, started);
+  }
   void OnInterTokenLatency(absl::Duration) override { ++intervals; }
   void OnRequestFinished(const RequestReport& report) override {
     ++finished;
     completion_tokens += report.usage.completion_tokens;
   }
-  std::atomic<int> steps{0}, prefill_tokens{0}, decode_tokens{0}, intervals{0}, finished{0},
-      completion_tokens{0};
+  std::atomic<int> steps{0}, prefill_tokens{0}, decode_tokens{0}, started{0}, first_tokens{0}, intervals{0},
+      finished{0}, completion_tokens{0};
 };
 
 TEST_F(BatchingEngineTest, GreedyIsTheSameForEverySeed) {
@@ -365,6 +373,8 @@ TEST_F(BatchingEngineTest, HundredsOfRequestsLeakNothing) {
   EXPECT_GT(observer.prefill_tokens, 0);
   EXPECT_GT(observer.decode_tokens, 0);
   EXPECT_GT(observer.intervals, 0);
+  EXPECT_GT(observer.first_tokens, 0);
+  EXPECT_LE(observer.started, 300);  // each request once, however many answers it has
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -257,12 +258,74 @@ TEST(GgufTokenizerTest, SentencePiece) {
   EXPECT_THAT((*TokenizerOf(bare))->Encode("ab", true, false), ElementsAre(262));
 }
 
+// As converters of models without a tokenizer.model write them: <unk> is a control token, or anything.
+TEST(GgufTokenizerTest, SentencePieceWithoutAnUnknownToken) {
+  Tokens tokens = SentencePieceTokens();
+  tokens.types[0] = 3;
+  const auto tokenizer = TokenizerOf(SentencePiece(tokens));
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  EXPECT_THAT((*tokenizer)->Encode("ab a", true, false), ElementsAre(1, 263, 259, 260));
+  GgufBytes named = SentencePiece(tokens);
+  named.Int("tokenizer.ggml.unknown_token_id", 2);
+  EXPECT_EQ(TokenizerError(named), "none");
+  GgufBytes far = SentencePiece(tokens);
+  far.Int("tokenizer.ggml.unknown_token_id", 265);
+  EXPECT_THAT(TokenizerError(far), HasSubstr("unknown_token_id': expected an id below 265, found 265"));
+}
+
+// Converters of before 2024-04 gave all added tokens the type 4.
+TEST(GgufTokenizerTest, SentencePieceWithUserDefinedControlTokens) {
+  Tokens tokens = SentencePieceTokens();
+  tokens.types[264] = 4;
+  tokens.Add("<|im_start|>", 4);
+  GgufBytes gguf;
+  gguf.Text("tokenizer.ggml.model", "llama").Int("tokenizer.ggml.bos_token_id", 265);
+  gguf.Int("tokenizer.ggml.eos_token_id", 2);
+  tokens.AddTo(&gguf);
+  const auto tokenizer = TokenizerOf(gguf);
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  EXPECT_EQ((*tokenizer)->special().bos, 265);
+  EXPECT_THAT((*tokenizer)->special().eos, ElementsAre(2, 264));
+}
+
+// Character maps that would lead the library outside of its tables. Units of a double array: the root's
+// children lie at 256 ^ label, `a` is 353.
+std::string CharacterMapError(const std::map<int, uint32_t>& units) {
+  std::string map(4 + 512 * 4, '\0');
+  const auto put = [&map](size_t at, uint32_t value) {
+    for (size_t i = 0; i < 4; ++i) map[at + i] = static_cast<char>(value >> (8 * i));
+  };
+  put(0, 512 * 4);
+  for (size_t unit = 0; unit < 512; ++unit) put(4 + 4 * unit, 0x80000000);  // a value: of no label
+  for (const auto& [unit, value] : units) put(4 + 4 * static_cast<size_t>(unit), value);
+  map += std::string("x\0", 2);
+  GgufBytes gguf = SentencePiece(SentencePieceTokens());
+  gguf.Numbers<uint8_t>("tokenizer.ggml.precompiled_charsmap", GgufType::kU8,
+                        std::vector<uint8_t>(map.begin(), map.end()));
+  return TokenizerError(gguf);
+}
+
+TEST(GgufTokenizerTest, CharacterMapsThatLeadAstray) {
+  constexpr uint32_t kRoot = 256 << 10, kHasValue = 1 << 8;
+  // a -> x: the child's children lie at 353 ^ 97 = 256, too, where its value is.
+  EXPECT_THAT(CharacterMapError({{0, kRoot}, {353, 'a' | kHasValue | 97 << 10}}),
+              HasSubstr("leads back into itself"));
+  EXPECT_EQ(CharacterMapError({{0, kRoot}, {353, 'a' | kHasValue | 352 << 10}}),
+            "none");  // at 1: no child there
+  EXPECT_THAT(CharacterMapError({{0, kRoot}, {353, 'a' | 1000 << 10}}), HasSubstr("outside itself"));
+  EXPECT_THAT(CharacterMapError({{0, kRoot}, {256, 2000 << 10}}), HasSubstr("outside itself"));  // of a NUL
+}
+
+TEST(GgufTokenizerTest, UserDefinedPiecesThatBeginOneAnother) {
+  Tokens tokens = SentencePieceTokens();
+  for (size_t length = 2; length <= 65; ++length) tokens.Add(std::string(length, 'q'), 4);
+  EXPECT_EQ(TokenizerError(SentencePiece(tokens)), "none");
+  tokens.Add("q", 4);
+  EXPECT_THAT(TokenizerError(SentencePiece(tokens)), HasSubstr("begin one another"));
+}
+
 TEST(GgufTokenizerTest, SentencePieceMalformed) {
   Tokens tokens = SentencePieceTokens();
-  tokens.types[0] = 1;
-  EXPECT_THAT(TokenizerError(SentencePiece(tokens)),
-              HasSubstr("expected a token of type 2 (unknown), found none"));
-  tokens = SentencePieceTokens();
   tokens.types[5] = 9;
   EXPECT_THAT(TokenizerError(SentencePiece(tokens)), HasSubstr("expected types from 1 to 6, found 9"));
   tokens = SentencePieceTokens();

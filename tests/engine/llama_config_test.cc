@@ -268,7 +268,7 @@ TEST(LlamaConfig, OtherWrongValues) {
   EXPECT_THAT(Refusal({{"eos_token_id", "[1,-1]"}}), HasSubstr("of them, found -1"));
   EXPECT_THAT(Refusal({{"eos_token_id", "[[1]]"}}), HasSubstr("of them, found an array"));
   EXPECT_THAT(Refusal({{"bos_token_id", "1000"}}),
-              HasSubstr("bos_token_id: expected an integer from 0 to 999, found 1000"));
+              HasSubstr("bos_token_id: expected an integer from -1 to 999, found 1000"));
 }
 
 TEST(LlamaConfig, NotJson) {

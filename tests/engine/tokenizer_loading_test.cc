@@ -112,6 +112,14 @@ TEST_F(TokenizerLoading, SentencePieceTakesAddedTokensOfOlderModels) {
   Write("added_tokens.json", R"({"<|call|>": "one"})");
   EXPECT_THAT(std::string(LoadTokenizer(directory_, 0).status().message()),
               HasSubstr("added_tokens.json: must map tokens to ids, see '<|call|>'"));
+  // A padding token that the model has no embedding for.
+  std::filesystem::remove(directory_ + "/tokenizer_config.json");
+  Write("added_tokens.json", R"({"<|call|>": 6143, "<pad>": 6144})");
+  const auto smaller = LoadTokenizer(directory_, 6144);
+  ASSERT_TRUE(smaller.ok()) << smaller.status();
+  EXPECT_EQ((*smaller)->vocab_size(), 6144);
+  EXPECT_EQ((*smaller)->IdOf("<pad>"), std::nullopt);
+  EXPECT_THAT(Error(6143), HasSubstr("the model's embedding has 6143 rows"));
 }
 
 TEST_F(TokenizerLoading, BrokenConfigsAreNamed) {
@@ -125,6 +133,11 @@ TEST_F(TokenizerLoading, BrokenConfigsAreNamed) {
   EXPECT_THAT(with("tokenizer_config.json", "{"), HasSubstr("tokenizer_config.json: not JSON"));
   EXPECT_THAT(with("tokenizer_config.json", "[]"), HasSubstr("expected a JSON object"));
   EXPECT_THAT(with("tokenizer_config.json", R"({"bos_token": "<nope>"})"), HasSubstr("'<nope>'"));
+  const std::string long_key(5000, 'k');
+  EXPECT_LT(with("tokenizer_config.json", R"({"added_tokens_decoder": {")" + long_key + R"(": 1}})").size(),
+            500u);
+  EXPECT_THAT(with("generation_config.json", "{\"" + long_key),
+              HasSubstr("not JSON: a syntax error at byte"));
   EXPECT_THAT(with("tokenizer_config.json", R"({"added_tokens_decoder": {"x": {"content": "y"}}})"),
               HasSubstr("'x'"));
   EXPECT_THAT(with("tokenizer_config.json", R"({"added_tokens_decoder": {"999999999": {"content": "y"}}})"),
@@ -165,6 +178,8 @@ TEST_F(TokenizerLoading, TiktokenRanks) {
   std::filesystem::remove(directory_ + "/config.json");
   Write("tokenizer.model", ranks + "\nbad line\n");
   EXPECT_THAT(Error(), HasSubstr("tokenizer.model:260"));
+  Write("tokenizer.model", ranks + "\n" + absl::Base64Escape(std::string(5000, 'a')) + " 259\n");
+  EXPECT_THAT(Error(), HasSubstr("tokenizer.model:260: a token of 5000 bytes"));
   Write("tokenizer.model", "IQ== 0\nIg== 1\n");
   EXPECT_THAT(Error(), HasSubstr("byte 0 has no token"));
   Write("tokenizer.model", "IQ== 2000000000\n");
@@ -181,6 +196,12 @@ TEST_F(TokenizerLoading, BrokenTokenizerJsonIsNamed) {
   };
   using Json = nlohmann::json;
   EXPECT_EQ(with([](Json&) {}), "ok");
+  EXPECT_THAT(with([](Json& j) {
+                j["post_processor"] = {{"type", "TemplateProcessing"},
+                                       {"single", {{{"SpecialToken", {{"id", "<s>"}}}}}},
+                                       {"special_tokens", {{"<s>", {{"ids", {999999}}}}}}};
+              }),
+              HasSubstr("post_processor: adds token 999999"));
   EXPECT_THAT(with([](Json& j) { j.erase("model"); }), HasSubstr("model"));
   EXPECT_THAT(with([](Json& j) { j["model"]["type"] = "Unigram"; }), HasSubstr("'Unigram' is not supported"));
   EXPECT_THAT(with([](Json& j) { j["model"]["vocab"] = 3; }), HasSubstr("tokenizer.json"));

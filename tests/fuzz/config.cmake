@@ -1,4 +1,4 @@
-set(config ${CMAKE_SOURCE_DIR}/config)
+set(config ${PROJECT_SOURCE_DIR}/config)
 atp_fuzzer(fuzz_config
   SOURCES fuzz_config.cc ${config}/config_loader.cc ${config}/setting_value.cc ${config}/settings.cc
   LIBS yaml-cpp absl::status absl::statusor absl::strings)

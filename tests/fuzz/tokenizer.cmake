@@ -10,3 +10,8 @@ atp_fuzzer(fuzz_gguf
   SOURCES fuzz_gguf.cc ${tokenizer_sources} ${PROJECT_SOURCE_DIR}/engine/gguf_config.cc ${PROJECT_SOURCE_DIR}/engine/sampler.cc
   LIBS absl::status absl::statusor absl::strings absl::flat_hash_map nlohmann_json::nlohmann_json
        PkgConfig::SENTENCEPIECE PkgConfig::PCRE2 PkgConfig::ICU)
+atp_fuzzer(fuzz_model_directory
+  SOURCES fuzz_model_directory.cc ${tokenizer_sources} ${PROJECT_SOURCE_DIR}/engine/llama_config.cc
+    ${PROJECT_SOURCE_DIR}/engine/gguf_config.cc ${PROJECT_SOURCE_DIR}/engine/sampler.cc
+  LIBS absl::status absl::statusor absl::strings absl::flat_hash_map nlohmann_json::nlohmann_json
+       PkgConfig::SENTENCEPIECE PkgConfig::PCRE2 PkgConfig::ICU)

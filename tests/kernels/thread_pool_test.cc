@@ -1,9 +1,13 @@
 #include "kernels/cpu/thread_pool.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -77,6 +81,24 @@ TEST(ThreadPool, ALongPartDoesNotHoldBackTheOthers) {
     }
   });
   EXPECT_EQ(others, 8);
+}
+
+// As under a limit on processes: here the stacks are what the system has no room for.
+TEST(ThreadPool, AThreadThatCannotStartIsAnErrorThatSaysWhatToChange) {
+  pthread_attr_t before, huge;
+  ASSERT_EQ(pthread_getattr_default_np(&before), 0);
+  ASSERT_EQ(pthread_attr_init(&huge), 0);
+  ASSERT_EQ(pthread_attr_setstacksize(&huge, size_t{1} << 46), 0);
+  ASSERT_EQ(pthread_setattr_default_np(&huge), 0);
+  std::string message;
+  try {
+    ThreadPool pool(8);
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  ASSERT_EQ(pthread_setattr_default_np(&before), 0);
+  EXPECT_NE(message.find("of 8: "), std::string::npos) << message;
+  EXPECT_NE(message.find("--threads"), std::string::npos) << message;
 }
 
 TEST(ThreadPool, PoolsLiveSideBySide) {

@@ -191,7 +191,54 @@ TEST(ChatTemplate, CreateAndDetect) {
   EXPECT_EQ(detect("{{'<|im_start|>' + message['role'] + '\\n'}}"), "chatml");
   EXPECT_EQ(detect("{{ '[INST] <<SYS>>\\n' + system + '[/INST]' }}"), "llama-2");
   EXPECT_EQ(detect("{{ '[INST] ' + content + ' [/INST]' }}"), "mistral");
+  EXPECT_EQ(detect("'<|im_start|>user<|im_sep|>'"), "plain");
+  EXPECT_EQ(detect("'[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT][INST]'"), "plain");
   EXPECT_EQ(detect(""), "plain");
+}
+
+// Beginnings of the templates of Qwen2.5, SmolLM2, Llama 3.1 and 3.2, and Mistral v0.1 and v0.3.
+TEST(ChatTemplate, WhatATemplateSaysByItself) {
+  const auto render = [](const char* jinja, const std::vector<ChatMessage>& messages,
+                         const Tokenizer& tokenizer) {
+    const auto ids = ChatTemplate::Detect(jinja).Render(messages, tokenizer, /*add_generation_prompt=*/false);
+    return ids.ok() ? tokenizer.Decode(*ids, true) : std::string(ids.status().message());
+  };
+  const std::vector<ChatMessage> hi = {{"user", "Hi", ""}};
+  const std::vector<ChatMessage> with_system = {{"system", " S ", ""}, {"user", "Hi", ""}};
+  const std::string user = "{<|im_start|>}user\nHi{<|im_end|>}\n";
+  const char* const qwen =
+      "{%- if tools %}{{- '<|im_start|>system\\n' }}{{- messages[0]['content'] }}{{- '<|im_end|>\\n' }}"
+      "{%- else %}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+      "assistant.<|im_end|>\\n' }}{%- endif %}";
+  EXPECT_EQ(render(qwen, hi, kChatml),
+            "{<|im_start|>}system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+            "{<|im_end|>}\n" +
+                user);
+  EXPECT_EQ(render(qwen, with_system, kChatml), "{<|im_start|>}system\n S {<|im_end|>}\n" + user);
+  EXPECT_EQ(render("{{'<|im_start|>' + message['role'] + '\\n'}}", hi, kChatml), user);
+
+  const std::string before =
+      "{<|begin_of_text|>}{<|start_header_id|>}system{<|end_header_id|>}\n\n"
+      "Cutting Knowledge Date: December 2023\nToday Date: ";
+  const std::string turn = "{<|eot_id|>}{<|start_header_id|>}user{<|end_header_id|>}\n\nHi{<|eot_id|>}";
+  const char* const llama31 =
+      "{%- set date_string = \"26 Jul 2024\" %}{{- \"<|start_header_id|>system<|end_header_id|>\\n\\n\" }}"
+      "{{- \"Cutting Knowledge Date: December 2023\\n\" }}";
+  EXPECT_EQ(render(llama31, hi, kLlama3), before + "26 Jul 2024\n\n" + turn);
+  EXPECT_EQ(render(llama31, with_system, kLlama3), before + "26 Jul 2024\n\nS" + turn);
+  const std::string llama32 =
+      std::string(
+          "{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}") +
+      llama31;
+  EXPECT_THAT(render(llama32.c_str(), hi, kLlama3),
+              testing::MatchesRegex(".*Today Date: [0-3][0-9] [A-Z][a-z][a-z] 20[0-9][0-9]\n\n.*"));
+  EXPECT_THAT(render("{{ '<|start_header_id|>' }}", hi, kLlama3), testing::Not(HasSubstr("Date")));
+
+  EXPECT_EQ(render("[INST] {%- if loop.last and system_message is defined %}",
+                   {kDialogue[0], kDialogue[1], kDialogue[2], kDialogue[3]}, kMistral),
+            "{<s>}{[INST]}Hi{[/INST]}Hello!{</s>}{[INST]}Be brief.\n\n Bye {[/INST]}");
+  EXPECT_EQ(render("[INST] {%- if loop.first and system_message is defined %}", with_system, kMistral),
+            "{<s>}{[INST]} S \n\nHi{[/INST]}");
 }
 
 TEST(ChatTemplate, Stops) {

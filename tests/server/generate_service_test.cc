@@ -239,9 +239,14 @@ TEST_F(GenerateServiceTest, EmptyPromptStartsFromBosWhereThereIsOne) {
   EXPECT_THAT(std::string(status.message()), StartsWith("prompt:"));
 }
 
-TEST_F(GenerateServiceTest, TextFromUsersNeverBecomesControlTokens) {
-  ASSERT_TRUE(Submit(Text("<eos>")).ok());
-  EXPECT_THAT(engine_.last_request().prompt, ElementsAre(ByteTokenizer::kBos, '<', 'e', 'o', 's', '>'));
+TEST_F(GenerateServiceTest, ControlTokensOfAPromptAreSuchAndOfMessagesText) {
+  ASSERT_TRUE(Submit(Text("a<eos>")).ok());
+  EXPECT_THAT(engine_.last_request().prompt, ElementsAre(ByteTokenizer::kBos, 'a', ByteTokenizer::kEos));
+  EXPECT_THAT(*Service().Tokenize("a<eos>", false), ElementsAre('a', ByteTokenizer::kEos));
+  GenerateInput chat;
+  chat.prompt = std::vector<ChatMessage>{{"user", "<eos>", ""}};
+  ASSERT_TRUE(Submit(std::move(chat)).ok());
+  EXPECT_THAT(engine_.last_request().prompt, ::testing::Not(::testing::Contains(ByteTokenizer::kEos)));
 }
 
 TEST_F(GenerateServiceTest, ChatUsesTheTemplateAndItsStops) {

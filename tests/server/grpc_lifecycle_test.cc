@@ -180,6 +180,30 @@ TEST_F(GrpcLifecycleTest, StopCancelsWhatOutlivesTheGrace) {
   server_->Stop(absl::ZeroDuration());  // a second time is fine
 }
 
+TEST_F(GrpcLifecycleTest, ADrainSendsClientsElsewhereWhileRunningCallsGoOn) {
+  Start(Held());
+  StreamClient stream(stub_.get(), Prompt(10));
+  ASSERT_TRUE(engine_->AwaitLive(1));
+  server_->StartDrain();
+  // The service would still answer: what fails is the connection, on which a client looks for another server.
+  grpc::Status status;
+  do {
+    grpc::ClientContext context;
+    v1::TokenizeRequest request;
+    v1::TokenizeResponse response;
+    request.set_text("hi");
+    status = stub_->Tokenize(&context, request, &response);
+    // (CANCELLED: it was on its way when the client was told.)
+  } while (status.ok() || status.error_code() == grpc::StatusCode::CANCELLED);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_NE(channel_->GetState(false), GRPC_CHANNEL_READY);
+  engine_->Release();
+  stream.AwaitDone();
+  EXPECT_TRUE(stream.status.ok()) << stream.status.error_message();
+  EXPECT_EQ(stream.text, "abcdefghij");
+  server_->Stop(absl::Minutes(5));
+}
+
 TEST_F(GrpcLifecycleTest, ATakenPortIsAClearError) {
   Start();
   Config second = config_;

@@ -33,8 +33,11 @@ class MetricsTest : public ::testing::Test {
   void FeedEverything() {
     metrics_.Attach(service_.get());
     metrics_.OnStep({30, 2, 3, absl::Milliseconds(40), {}, absl::ZeroDuration()});
+    metrics_.OnStarted(absl::Milliseconds(3));
+    metrics_.OnFirstToken(absl::Milliseconds(70));
     metrics_.OnInterTokenLatency(absl::Milliseconds(20));
     RequestReport report;
+    report.started = true;
     report.reason = FinishReason::kLength;
     report.usage = {5, 7, 4};
     report.queue_time = absl::Milliseconds(3);
@@ -161,6 +164,26 @@ TEST_F(MetricsTest, StepsWithoutFitsAreNotObservedAsFits) {
   }
 }
 
+TEST_F(MetricsTest, WaitingTimesAreSeenWhenTheyHappenAndOnce) {
+  metrics_.OnStarted(absl::Milliseconds(3));
+  metrics_.OnFirstToken(absl::Milliseconds(70));
+  std::string text = metrics_.Render();
+  EXPECT_THAT(text, HasSubstr("atp_queue_time_seconds_count 1\n"));
+  EXPECT_THAT(text, HasSubstr("atp_time_to_first_token_seconds_count 1\n"));
+  RequestReport report;
+  report.started = true;
+  report.time_to_first_token = absl::Milliseconds(70);
+  metrics_.OnRequestFinished(report);
+  report = {};  // its deadline passed in the queue
+  report.reason = FinishReason::kDeadline;
+  report.queue_time = absl::Seconds(9);
+  metrics_.OnRequestFinished(report);
+  text = metrics_.Render();
+  EXPECT_THAT(text, HasSubstr("atp_queue_time_seconds_count 2\n"));
+  EXPECT_THAT(text, HasSubstr("atp_queue_time_seconds_sum 9.003\n"));
+  EXPECT_THAT(text, HasSubstr("atp_time_to_first_token_seconds_count 1\n"));
+}
+
 TEST_F(MetricsTest, ARequestWithoutATokenHasNoTimeToFirstToken) {
   RequestReport report;
   report.reason = FinishReason::kCancelled;
@@ -174,6 +197,7 @@ TEST_F(MetricsTest, ARequestWithoutATokenHasNoTimeToFirstToken) {
 TEST_F(MetricsTest, GaugesAreReadFromTheEngineAtScrapeTime) {
   EXPECT_THAT(metrics_.Render(),
               Not(HasSubstr("atp_kv_cache_blocks")));  // no model yet: not zero, but absent
+  EXPECT_THAT(metrics_.Render(), HasSubstr("atp_ready 0\n"));
   metrics_.Attach(service_.get());
   const std::string text = metrics_.Render();
   for (const char* line :

@@ -36,6 +36,16 @@ class AtpError(Exception):
                 self.retry_after = int(value) / 1000
         super().__init__(f"{self.code.name}: {self.message}")
 
+    def __reduce__(self):  # so that it passes from one process to another
+        return _restore_error, (type(self), self.args, self.__dict__.copy())
+
+
+def _restore_error(kind, args, fields):
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
 
 @dataclasses.dataclass
 class Generation:
@@ -94,11 +104,21 @@ class Stream:
 
 
 class Client:
-    """Thread-safe. `with Client() as client:` closes the connection at the end."""
+    """Thread-safe. `with Client() as client:` closes the connection at the end.
 
-    def __init__(self, address: str = "127.0.0.1:8001", api_key: Optional[str] = None):
-        # A long answer with log probabilities passes gRPC's default limit of 4 MiB.
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+    credentials: for a server behind a TLS proxy, as grpc.ssl_channel_credentials(); None: unencrypted, api_key too.
+    options: more of gRPC's channel arguments, as [("grpc.lb_policy_name", "round_robin")].
+    `timeout` of a call is in seconds; without one it may take for ever, but not on a connection that is dead.
+    """
+
+    def __init__(self, address: str = "127.0.0.1:8001", api_key: Optional[str] = None,
+                 credentials: Optional[grpc.ChannelCredentials] = None, options: Sequence[tuple] = ()):
+        # A long answer with log probabilities passes gRPC's default limit of 4 MiB; a server that vanished without a
+        # word is noticed within 40 seconds.
+        arguments = [("grpc.max_receive_message_length", -1), ("grpc.keepalive_time_ms", 30_000),
+                     ("grpc.keepalive_timeout_ms", 10_000), *options]
+        self._channel = (grpc.insecure_channel(address, arguments) if credentials is None
+                         else grpc.secure_channel(address, credentials, arguments))
         self._stub = pb_grpc.InferenceStub(self._channel)
         self._metadata = [("authorization", f"Bearer {api_key}")] if api_key else []
 
@@ -126,18 +146,18 @@ class Client:
         request = _request(prompt, model, priority, atp, sampling)
         return Stream(self._stub.GenerateStream(request, timeout=timeout, metadata=self._with_id(request_id)))
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> List[int]:
+    def tokenize(self, text: str, add_special_tokens: bool = True, *, timeout: Optional[float] = None) -> List[int]:
         request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
-        return list(self._call(self._stub.Tokenize, request).tokens)
+        return list(self._call(self._stub.Tokenize, request, timeout).tokens)
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return self._call(self._stub.Detokenize, pb.DetokenizeRequest(tokens=tokens)).text
+    def detokenize(self, tokens: Sequence[int], *, timeout: Optional[float] = None) -> str:
+        return self._call(self._stub.Detokenize, pb.DetokenizeRequest(tokens=tokens), timeout).text
 
-    def models(self) -> List["pb.ModelInfo"]:
-        return list(self._call(self._stub.ListModels, pb.ListModelsRequest()).models)
+    def models(self, *, timeout: Optional[float] = None) -> List["pb.ModelInfo"]:
+        return list(self._call(self._stub.ListModels, pb.ListModelsRequest(), timeout).models)
 
-    def info(self) -> "pb.GetServerInfoResponse":
-        return self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest())
+    def info(self, *, timeout: Optional[float] = None) -> "pb.GetServerInfoResponse":
+        return self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest(), timeout)
 
     def _with_id(self, request_id: Optional[str]):
         return self._metadata + ([("x-request-id", request_id)] if request_id else [])
@@ -154,12 +174,16 @@ def _request(prompt: Prompt, model: str, priority: int, atp: Optional[Dict], sam
     if unknown:
         raise TypeError(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING_FIELDS))}")
     given = {name: value for name, value in sampling.items() if value is not None}
+    if isinstance(given.get("stop"), str):  # one, as in OpenAI's API; and not each of its letters
+        given["stop"] = [given["stop"]]
     request = pb.GenerateRequest(model=model, priority=priority, sampling=pb.SamplingParams(**given))
     if atp is not None:
         request.atp.CopyFrom(pb.Compression(**atp))
     if isinstance(prompt, str):
         request.prompt = prompt
         return request
+    if isinstance(prompt, (bytes, bytearray)):  # a sequence of numbers, too
+        raise TypeError("prompt: bytes; give a str, token ids or messages")
     items = list(prompt)
     if items and isinstance(items[0], dict):
         request.chat.messages.extend(pb.ChatMessage(**message) for message in items)
