@@ -34,6 +34,11 @@ constexpr int P = kTilePanels;
 constexpr int64_t kStep = 32;  // elements of k that an instruction sums
 constexpr int64_t kSlice = 8;  // steps: both panels' 32 KB stay in the first-level cache
 constexpr int64_t kStepBytes = kStep * kPanelOuts * 2;  // of a panel
+// Where a part's x is larger than this, so many pairs of panels take turns with a slice of it, which so comes
+// from the second-level cache; the sums of all wait there, too.
+constexpr int64_t kLargeX = 1280 << 10;
+constexpr int64_t kGroupPairs = 8;
+constexpr int64_t kRowsPerPart = 256;
 
 // Lines of the next slice's weights, a share with every step.
 struct NextSlice {
@@ -91,46 +96,70 @@ HWY_INLINE void MultiplyTiles(const PackedRows& rows, int64_t row, const int64_t
   }
 }
 
+// Where the sums of a group's pair of panels are: [pair][row of the part][outs of both panels].
+struct GroupSums {
+  HWY_INLINE float* Of(int64_t panel) const { return sums + (panel - first_panel) / P * rows * kPairOuts; }
+  float* sums;
+  int64_t first_panel, rows;
+};
+
+// A slice of k times all rows of the part, for one pair of panels.
+HWY_INLINE void MultiplyRows(const PackedRows& rows, const MatMulPart& part, int64_t first_step, Slice& slice,
+                             float* sums, int64_t (&configured)[2]) {
+  for (int64_t row = part.row_begin; row < part.row_end; row += 2 * rows.tile_rows) {
+    const int64_t left = part.row_end - row;
+    const int64_t count[2] = {std::min<int64_t>(rows.tile_rows, left),
+                              std::clamp<int64_t>(left - rows.tile_rows, 0, rows.tile_rows)};
+    if (count[0] != configured[0] || count[1] != configured[1]) {
+      const TileConfig config(count[0], std::max<int64_t>(count[1], 1), kStep * 2);
+      _tile_loadconfig(&config);
+      configured[0] = count[0], configured[1] = count[1];
+    }
+    float* const row_sums = sums + (row - part.row_begin) * kPairOuts;
+    if (count[1] > 0) {
+      MultiplyTiles<2>(rows, row, count, first_step, slice, row_sums);
+    } else {
+      MultiplyTiles<1>(rows, row, count, first_step, slice, row_sums);
+    }
+  }
+}
+
 void Multiply(const MatMulArgs& args, const PackedRows& rows, const MatMulPart& part, std::byte* scratch) {
-  static_assert(kPartRows * kPairOuts * sizeof(float) <= kMatMulScratchBytes);
-  float* const sums = reinterpret_cast<float*>(scratch);
+  static_assert((kRowsPerPart + kTileSums) * kGroupPairs * kPairOuts * sizeof(float) <= kMatMulScratchBytes);
   const int64_t steps = args.weight.cols / kStep;
   const std::byte* const matrix = static_cast<const std::byte*>(args.weight.data);
   const int64_t all_rows = part.row_end - part.row_begin;
   const int64_t turns = (all_rows + 2 * rows.tile_rows - 1) / (2 * rows.tile_rows);
+  const auto weights = [&](int64_t panel, int64_t step) {
+    return matrix + (panel * steps + step) * kStepBytes;
+  };
+  const int64_t x_bytes = all_rows * rows.words_per_row * int64_t{sizeof(uint32_t)};
+  const int64_t group_panels = (x_bytes > kLargeX ? kGroupPairs : 1) * P;
   int64_t configured[2] = {0, 0};
-  for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += P) {
-    StartSums(args, part.row_begin, all_rows, panel, sums);
+  for (int64_t group = part.panel_begin; group < part.panel_end; group += group_panels) {
+    const int64_t group_end = std::min(group + group_panels, part.panel_end);
+    const GroupSums sums{reinterpret_cast<float*>(scratch), group, all_rows};
+    for (int64_t panel = group; panel < group_end; panel += P)
+      StartSums(args, part.row_begin, all_rows, panel, sums.Of(panel));
     for (int64_t step = 0; step < steps; step += kSlice) {
-      Slice slice;
-      slice.steps = std::min(kSlice, steps - step);
-      for (int p = 0; p < P; ++p) {
-        slice.weights[p] = matrix + ((panel + p) * steps + step) * kStepBytes;
-        // Behind this slice of one panel lies its next slice, and behind its last the panel after it.
-        const bool last = step + kSlice >= steps;
-        slice.next.panels[p] =
-            last ? matrix + (panel + P + p) * steps * kStepBytes : slice.weights[p] + kSlice * kStepBytes;
-      }
-      slice.next.end = std::min(kSlice, steps) * kStepBytes;
-      slice.next.lines_per_step = (slice.next.end / 64 + turns * slice.steps - 1) / (turns * slice.steps);
-      for (int64_t row = part.row_begin; row < part.row_end; row += 2 * rows.tile_rows) {
-        const int64_t left = part.row_end - row;
-        const int64_t count[2] = {std::min<int64_t>(rows.tile_rows, left),
-                                  std::clamp<int64_t>(left - rows.tile_rows, 0, rows.tile_rows)};
-        if (count[0] != configured[0] || count[1] != configured[1]) {
-          const TileConfig config(count[0], std::max<int64_t>(count[1], 1), kStep * 2);
-          _tile_loadconfig(&config);
-          configured[0] = count[0], configured[1] = count[1];
+      for (int64_t panel = group; panel < group_end; panel += P) {
+        // Behind a pair's slice comes the next pair's, behind the last one's the next slice of the first.
+        const bool last_pair = panel + P >= group_end, last_slice = step + kSlice >= steps;
+        const int64_t next_panel = !last_pair ? panel + P : last_slice ? group_end : group;
+        const int64_t next_step = !last_pair ? step : last_slice ? 0 : step + kSlice;
+        Slice slice;
+        slice.steps = std::min(kSlice, steps - step);
+        for (int p = 0; p < P; ++p) {
+          slice.weights[p] = weights(panel + p, step);
+          slice.next.panels[p] = weights(next_panel + p, next_step);
         }
-        float* const row_sums = sums + (row - part.row_begin) * kPairOuts;
-        if (count[1] > 0) {
-          MultiplyTiles<2>(rows, row, count, step, slice, row_sums);
-        } else {
-          MultiplyTiles<1>(rows, row, count, step, slice, row_sums);
-        }
+        slice.next.end = std::min(kSlice, steps) * kStepBytes;
+        slice.next.lines_per_step = (slice.next.end / 64 + turns * slice.steps - 1) / (turns * slice.steps);
+        MultiplyRows(rows, part, step, slice, sums.Of(panel), configured);
       }
     }
-    StoreSums(args, part.row_begin, all_rows, panel, sums);
+    for (int64_t panel = group; panel < group_end; panel += P)
+      StoreSums(args, part.row_begin, all_rows, panel, sums.Of(panel));
   }
   _tile_release();
 }
@@ -166,7 +195,8 @@ namespace HWY_NAMESPACE {
 
 MatMulKernel AmxBF16Kernel() {
 #if HWY_TARGET == HWY_AVX3
-  return {RowForm::kBF16, kTileSums, kTileSums, 2, amx_bf16::PackRows, amx_bf16::Multiply, kTileRowsPerPart};
+  return {RowForm::kBF16,        kTileSums, kTileSums, 2, amx_bf16::PackRows, amx_bf16::Multiply,
+          amx_bf16::kRowsPerPart};
 #else
   return {};
 #endif

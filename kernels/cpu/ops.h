@@ -48,7 +48,7 @@ struct MatMulPart {
 // Rows of a part: unpacking weights is lost among so many, and their x fits a core's second-level cache. (A
 // few more, where tiles end.)
 inline constexpr int64_t kMatMulRowsPerPart = 192;
-inline constexpr size_t kMatMulScratchBytes = 128 << 10;
+inline constexpr size_t kMatMulScratchBytes = 320 << 10;
 struct MatMulKernel {
   RowForm form = RowForm::kF32;
   int tile_rows = 1;    // at most,
