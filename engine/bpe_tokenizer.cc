@@ -74,11 +74,21 @@ class BpeTokenizer : public Tokenizer {
   std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const override {
     std::vector<TokenId> ids;
     if (add_special) ids = specials_.prefix;
-    raw_matcher_.Split(
-        text, parse_special,
-        [&](std::string_view part) { EncodeText(part, part.data() == text.data(), parse_special, &ids); },
-        [&](TokenId id) { ids.push_back(id); });
+    EncodeAdded(text, /*at_start=*/true, parse_special, &ids);
     if (add_special) ids.insert(ids.end(), specials_.suffix.begin(), specials_.suffix.end());
+    return ids;
+  }
+
+  // Only the first part is where a text begins, for those that put a space there.
+  std::vector<TokenId> EncodeParts(std::span<const PromptPart> parts) const override {
+    std::vector<TokenId> ids;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      if (parts[i].token) {
+        ids.push_back(*parts[i].token);
+      } else {
+        EncodeAdded(parts[i].text, /*at_start=*/i == 0, /*parse_special=*/false, &ids);
+      }
+    }
     return ids;
   }
 
@@ -126,6 +136,16 @@ class BpeTokenizer : public Tokenizer {
       token_bytes_[token.id] = token.content;
       is_special_[token.id] = token.special;
     }
+  }
+
+  void EncodeAdded(std::string_view text, bool at_start, bool parse_special,
+                   std::vector<TokenId>* ids) const {
+    raw_matcher_.Split(
+        text, parse_special,
+        [&](std::string_view part) {
+          EncodeText(part, at_start && part.data() == text.data(), parse_special, ids);
+        },
+        [&](TokenId id) { ids->push_back(id); });
   }
 
   // Words are made of valid UTF-8 only; broken bytes go to the model as they are, so that no byte is lost.

@@ -145,6 +145,17 @@ TEST(TokenizerVectors, SmolLm2HasTheIdsOfHuggingFace) {
 
 // Text of users must not become control tokens, whatever it spells; other added tokens are ordinary
 // vocabulary.
+// With prepend_scheme "first" only what begins the whole gets a space.
+TEST(Tokenizer, PartsAreEncodedAsTheWholeTheyMake) {
+  const auto tokenizer =
+      LoadBpeTokenizer(std::string(ATP_SOURCE_DIR) + "/tests/engine/tokenizer_vectors/metaspace.json");
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  const std::vector<PromptPart> parts = {
+      {std::nullopt, "a b"}, {1, ""}, {std::nullopt, "the cat"}, {2, ""}, {std::nullopt, "x"}};
+  EXPECT_EQ((*tokenizer)->EncodeParts(parts),
+            (*tokenizer)->Encode("a b<s>the cat</s>x", /*add_special=*/false, /*parse_special=*/true));
+}
+
 TEST(Tokenizer, UsersTextHasNoControlTokens) {
   const auto bpe = Load(LoadBpeTokenizer(kVectors + "llama3.json"));
   ASSERT_NE(bpe, nullptr);
