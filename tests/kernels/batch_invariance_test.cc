@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -99,6 +100,24 @@ TEST_P(BatchInvariance, MatMulWithActivationsInBf16) {
       const std::vector<float> y = run(row, count);
       ASSERT_TRUE(SameBits(y.data(), whole.data() + row * out, y.size())) << row << "+" << count;
     }
+  }
+}
+
+// Rows so long that many of them exceed a core's second-level cache: a few go another way, to the same bits.
+TEST_P(BatchInvariance, MatMulOfLongRowsInBf16) {
+  if (IsCuda(GetParam())) GTEST_SKIP() << "the CPU's caches are meant";
+  const int64_t rows = 320, in = 3488, out = 650;
+  const Weight weight = Loaded(*one_, RandomMatrix(random_, DType::kBF16, out, in));
+  const std::vector<float> x = Normals(random_, rows * in);
+  const auto run = [&](int64_t first, int64_t count) {
+    std::vector<float> y = Poison(count * out);
+    one_->MatMul({x.data() + first * in, weight.view, nullptr, y.data(), count, /*accumulate=*/false});
+    return y;
+  };
+  const std::vector<float> whole = run(0, rows);
+  for (const auto& [first, count] : std::vector<std::pair<int64_t, int64_t>>{{0, 16}, {200, 33}, {319, 1}}) {
+    const std::vector<float> y = run(first, count);
+    EXPECT_TRUE(SameBits(y.data(), whole.data() + first * out, y.size())) << first << "+" << count;
   }
 }
 

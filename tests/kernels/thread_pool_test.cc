@@ -1,10 +1,14 @@
 #include "kernels/cpu/thread_pool.h"
 
 #include <pthread.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <fstream>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -100,6 +104,31 @@ TEST(ThreadPool, AThreadThatCannotStartIsAnErrorThatSaysWhatToChange) {
   EXPECT_NE(message.find("of 8: "), std::string::npos) << message;
   EXPECT_NE(message.find("--threads"), std::string::npos) << message;
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which need address space of their own
+// In a process of its own, with address space for a few of the threads only: those end, too.
+TEST(ThreadPool, ThreadsThatHaveStartedEndWhereAnotherCannot) {
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    int64_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlim_t limit = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (rlim_t{100} << 20);
+    const rlimit space = {limit, limit};
+    if (setrlimit(RLIMIT_AS, &space) != 0) _exit(2);
+    try {
+      ThreadPool pool(512);
+    } catch (const std::runtime_error& error) {
+      _exit(std::string(error.what()).find("cannot start thread 2 ") == std::string::npos ? 0 : 3);
+    }
+    _exit(4);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status)) << "signal " << WTERMSIG(status);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+#endif
 
 TEST(ThreadPool, PoolsLiveSideBySide) {
   for (int round = 0; round < 20; ++round) {
