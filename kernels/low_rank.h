@@ -1,4 +1,4 @@
-// What the backends' LowRankInput share: the random test matrix, and when a column is rounding only.
+// What the backends' LowRankInput share: the random test matrix, and when a column is nothing new.
 #ifndef ATP_KERNELS_LOW_RANK_H_
 #define ATP_KERNELS_LOW_RANK_H_
 
@@ -6,10 +6,11 @@
 
 namespace atp {
 
-// A column of which no more than this is left, as a share of its norm, once its components along those before
-// are gone: the rows have no more directions. The rounding of an fp32 product of a few hundred terms is
-// below.
-inline constexpr double kLowRankNoise = 1e-5;
+// A second pass of Gram-Schmidt that leaves more than this of what the first one left has made the column
+// orthogonal to those before ("twice is enough", Kahan in Parlett, The Symmetric Eigenvalue Problem, §6.9).
+// Otherwise there is nothing in it but them, and it becomes zero. However little is left of the column as a
+// whole, it counts: what is rounding only costs nothing as a direction, and a faint one must not be lost.
+inline constexpr double kLowRankLeft = 0.5;
 
 // Element i of the test matrix Ω, column by column [rank, dim]: 1 or -1, by a hash (splitmix64; Steele,
 // Lea, Flood 2014). Signs serve as well as normal numbers do.

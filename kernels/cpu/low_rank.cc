@@ -52,19 +52,19 @@ void Combine(float* HWY_RESTRICT to, float a, float b, const float* HWY_RESTRICT
   for (; i < size; ++i) to[i] = a * to[i] + b * from[i];
 }
 
-// Gram-Schmidt, twice: the second pass makes up for the rounding of the first.
+// Gram-Schmidt, twice: the second pass makes up for the rounding of the first (kLowRankLeft).
 void Orthonormalize(float* columns, int64_t count, int64_t size) {
   for (int64_t j = 0; j < count; ++j) {
     float* const column = columns + j * size;
-    const double whole = std::sqrt(double{Dot(column, column, size)});
-    for (int pass = 0; pass < 2; ++pass) {
+    double left[2];  // by each pass
+    for (double& norm : left) {
       for (int64_t k = 0; k < j; ++k) {
         const float* const before = columns + k * size;
         Combine(column, 1.0f, -Dot(column, before, size), before, size);
       }
+      norm = std::sqrt(double{Dot(column, column, size)});
     }
-    const double left = std::sqrt(double{Dot(column, column, size)});
-    const float scale = left > kLowRankNoise * whole ? static_cast<float>(1 / left) : 0.0f;
+    const float scale = left[1] > kLowRankLeft * left[0] ? static_cast<float>(1 / left[1]) : 0.0f;
     for (int64_t i = 0; i < size; ++i) column[i] *= scale;
   }
 }

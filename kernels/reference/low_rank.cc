@@ -17,18 +17,18 @@ double Dot(const Vector& a, const Vector& b) {
   return sum;
 }
 
-// Columns, one vector each: Gram-Schmidt, twice, so that they are orthogonal to rounding.
+// Columns, one vector each: Gram-Schmidt, twice, so that they are orthogonal to rounding (kLowRankLeft).
 void Orthonormalize(std::vector<Vector>& columns) {
   for (size_t j = 0; j < columns.size(); ++j) {
-    const double whole = std::sqrt(Dot(columns[j], columns[j]));
-    for (int pass = 0; pass < 2; ++pass) {
+    double left[2];  // by each pass
+    for (double& norm : left) {
       for (size_t k = 0; k < j; ++k) {
         const double part = Dot(columns[j], columns[k]);
         for (size_t i = 0; i < columns[j].size(); ++i) columns[j][i] -= part * columns[k][i];
       }
+      norm = std::sqrt(Dot(columns[j], columns[j]));
     }
-    const double left = std::sqrt(Dot(columns[j], columns[j]));
-    const double scale = left > kLowRankNoise * whole ? 1 / left : 0;
+    const double scale = left[1] > kLowRankLeft * left[0] ? 1 / left[1] : 0;
     for (double& x : columns[j]) x *= scale;
   }
 }

@@ -21,8 +21,7 @@ class LowRank : public testing::TestWithParam<std::string> {
  protected:
   std::unique_ptr<Backend> cpu_ = CpuBackend(GetParam(), 3);
   std::unique_ptr<Backend> reference_ = MakeReferenceBackend();
-  const uint32_t seed_ = std::random_device{}();
-  std::mt19937 rng_{seed_};
+  Random rng_{TestSeed()};
 
   // Rows that share a mean and most of their directions, with singular values that fall like 1/i²; `rank`
   // directions in all.
@@ -69,7 +68,6 @@ constexpr Shape kShapes[] = {{2, 1, 1},     {16, 7, 3},   {17, 40, 16},
 // fp32 products mistake directions that carry less than their rounding: 2^-24 · (rows + dim) of the norm, in
 // each of four products, and a basis magnifies that by at most the noise it leaves out.
 TEST_P(LowRank, AgreesWithTheReference) {
-  SCOPED_TRACE("seed " + std::to_string(seed_));
   for (const Shape& s : kShapes) {
     SCOPED_TRACE(std::to_string(s.rows) + " " + std::to_string(s.dim) + " " + std::to_string(s.rank));
     const std::vector<float> x = Rows(s.rows, s.dim, s.rows);
@@ -79,7 +77,6 @@ TEST_P(LowRank, AgreesWithTheReference) {
 }
 
 TEST_P(LowRank, RowsOfLessRankAreExact) {
-  SCOPED_TRACE("seed " + std::to_string(seed_));
   for (const Shape& s : kShapes) {
     SCOPED_TRACE(std::to_string(s.rows) + " " + std::to_string(s.dim) + " " + std::to_string(s.rank));
     std::vector<float> x = Rows(s.rows, s.dim, std::max<int64_t>(0, s.rank - 2));

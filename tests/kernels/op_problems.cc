@@ -6,18 +6,43 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <utility>
 
+#include "gtest/gtest.h"
 #include "kernels/backend_factory.h"
 #include "kernels/dtype.h"
 #include "kernels/quantized.h"
 
 namespace atp {
 
+namespace {
+
+// Says at the end of a test that failed with which seed it fails again.
+class SeedPrinter : public testing::EmptyTestEventListener {
+ public:
+  void Add(uint64_t seed) { seeds_ += " ATP_TEST_SEED=" + std::to_string(seed); }
+  void OnTestEnd(const testing::TestInfo& test) override {
+    if (test.result()->Failed())
+      std::printf("%s.%s:%s\n", test.test_suite_name(), test.name(), seeds_.c_str());
+    seeds_.clear();
+  }
+
+ private:
+  std::string seeds_;
+};
+
+}  // namespace
+
 uint64_t TestSeed() {
+  static SeedPrinter* const printer = [] {
+    auto owned = new SeedPrinter;
+    testing::UnitTest::GetInstance()->listeners().Append(owned);
+    return owned;
+  }();
   const char* fixed = std::getenv("ATP_TEST_SEED");
   const uint64_t seed = fixed != nullptr ? std::strtoull(fixed, nullptr, 10) : std::random_device()();
-  std::printf("ATP_TEST_SEED=%llu\n", static_cast<unsigned long long>(seed));
+  printer->Add(seed);
   return seed;
 }
 

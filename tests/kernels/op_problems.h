@@ -17,7 +17,7 @@ namespace atp {
 
 using Random = std::mt19937_64;
 
-// Fresh for each call, or ATP_TEST_SEED from the environment; printed, so that a failure can be repeated.
+// Fresh for each call, or ATP_TEST_SEED from the environment; printed where the test fails, to repeat it.
 uint64_t TestSeed();
 
 int UniformInt(Random& random, int low, int high);  // inclusive
