@@ -92,7 +92,7 @@ absl::StatusOr<std::vector<double>> MeasureKl(const Calibration& c, const std::v
 }
 
 // Each (layer, kv head) compressed alone: to the ratio of the sensitivity, and where bytes are to be shared
-// also to the others and to 4 bits.
+// also to the others, to the sinks only, and to 4 bits.
 absl::Status MeasureSensitivities(const Calibration& c, bool curves, CompressionBudgets* budgets) {
   const auto heads = static_cast<size_t>(c.cache.heads_total());
   struct Way {
@@ -105,6 +105,7 @@ absl::Status MeasureSensitivities(const Calibration& c, bool curves, Compression
     ways.push_back({1.0 / 2, 16, &budgets->sensitivity_half});
     ways.push_back({1.0 / 4, 16, &budgets->sensitivity_quarter});
     ways.push_back({1.0 / 8, 16, &budgets->sensitivity_eighth});
+    ways.push_back({0, 16, &budgets->sensitivity_none});
     ways.push_back({1, 4, &budgets->sensitivity_4_bits});
   }
   std::vector<HeadBudgets> runs;

@@ -25,7 +25,8 @@ struct HeadBudgets {
 };
 
 // `share` of bf16 bytes, (0, 1], spent where it lowers the KL the most: from the least that a head can have,
-// always the step with the largest fall of KL per byte. The KL of a head with r entries per token and b bits
+// always the step with the largest fall of KL per byte: a page, or nothing but the sinks where the budgets
+// know what that causes. The KL of a head with r entries per token and b bits
 // is taken from the curves that `atp calibrate` measured: what r alone and b alone cause, added. Entries come
 // in whole pages. `settings`: segment and window. InvalidArgument where `budgets` has no curves, naming
 // `source`, and where the share is less than the least.
@@ -34,7 +35,7 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
                                        const std::string& source);
 
 // Entries per token of each head, with a mean of `mean_ratio`. The budgets' own where their mean is that.
-// Where they have curves, whole blocks of entries spent as above, one for each head at least; else, and where
+// Where they have curves, whole blocks of entries spent as above, sinks not counted; else, and where
 // that is too little for whole blocks, by ShareBudget(). InvalidArgument naming `source` where there is no
 // sensitivity.
 absl::StatusOr<std::vector<double>> RatiosForMean(const CompressionBudgets& budgets, double mean_ratio,

@@ -25,11 +25,11 @@ absl::Status Wrong(const std::string& source, const std::string& what) {
   return absl::InvalidArgumentError(absl::StrCat(source, ": ", what));
 }
 
-// "a number in (0, 1]" and the like, where `value` is not one; else empty.
+// "a number in [0, 1]" and the like, where `value` is not one; else empty.
 std::string WrongRange(std::string_view key, double value) {
   if (key == "bits") return value == 16 || value == 8 || value == 4 ? "" : "16, 8 or 4";
-  if (key == "ratio" ? value > 0 && value <= 1 : value >= 0 && std::isfinite(value)) return "";
-  return key == "ratio" ? "a number in (0, 1]" : "a number that is not negative";
+  if (key == "ratio" ? value >= 0 && value <= 1 : value >= 0 && std::isfinite(value)) return "";
+  return key == "ratio" ? "a number in [0, 1]" : "a number that is not negative";
 }
 
 absl::StatusOr<std::vector<double>> ParseTable(const nlohmann::json& table, std::string_view key,
@@ -60,6 +60,8 @@ absl::StatusOr<std::vector<double>> ParseTable(const nlohmann::json& table, std:
   return values;
 }
 
+constexpr std::string_view kNone = "sensitivity_none";
+
 // The optional tables of the file, by key.
 struct OptionalTable {
   std::string_view key;
@@ -71,6 +73,7 @@ constexpr OptionalTable kSensitivities[] = {
     {"sensitivity_quarter", &CompressionBudgets::sensitivity_quarter},
     {"sensitivity_eighth", &CompressionBudgets::sensitivity_eighth},
     {"sensitivity_4_bits", &CompressionBudgets::sensitivity_4_bits},
+    {kNone, &CompressionBudgets::sensitivity_none},
 };
 
 template <class T>
@@ -97,10 +100,13 @@ absl::Status CheckKeys(const nlohmann::json& file, const std::string& source) {
   }
   if (!file.contains("ratio")) return Wrong(source, "ratio: missing");
   const auto is_curve = [](const OptionalTable& table) { return table.key != "sensitivity"; };
-  const auto missing = [&](const OptionalTable& table) { return !file.contains(std::string(table.key)); };
+  const auto missing = [&](const OptionalTable& table) {
+    return table.key != kNone && !file.contains(std::string(table.key));
+  };
   const auto* first_missing = std::find_if(std::begin(kSensitivities), std::end(kSensitivities), missing);
-  const bool curves = std::any_of(std::begin(kSensitivities), std::end(kSensitivities),
-                                  [&](const OptionalTable& t) { return is_curve(t) && !missing(t); });
+  const bool curves =
+      std::any_of(std::begin(kSensitivities), std::end(kSensitivities),
+                  [&](const OptionalTable& t) { return is_curve(t) && file.contains(std::string(t.key)); });
   if (curves && first_missing != std::end(kSensitivities))
     return Wrong(source,
                  absl::StrCat(std::string(first_missing->key), ": missing beside the other sensitivities"));
@@ -171,6 +177,8 @@ absl::StatusOr<CompressionBudgets> ParseCompressionBudgets(std::string_view json
   absl::StatusOr<std::vector<double>> ratio = ParseTable(file["ratio"], "ratio", source, layers, kv_heads);
   if (!ratio.ok()) return ratio.status();
   budgets.ratio = *std::move(ratio);
+  if (Mean(budgets.ratio) == 0)
+    return Wrong(source, "ratio: 0 for all heads; at least one must keep entries");
   if (file.contains("bits")) {
     absl::StatusOr<std::vector<double>> bits = ParseTable(file["bits"], "bits", source, layers, kv_heads);
     if (!bits.ok()) return bits.status();

@@ -22,13 +22,16 @@ inline constexpr double kSensitivityRatio = 1.0 / 16;
 struct CompressionBudgets {
   int layers = 0;
   int kv_heads = 0;
-  std::vector<double> ratio;  // [layers * kv_heads], layer-major, each in (0, 1]
-  std::vector<int> bits;      // per element of each head's entries: 16, 8 or 4; empty: the same for all heads
+  // [layers * kv_heads], layer-major, each in [0, 1], not all 0 (CompressionSettings::head_ratio).
+  std::vector<double> ratio;
+  std::vector<int> bits;  // per element of each head's entries: 16, 8 or 4; empty: the same for all heads
   // KL(exact || compressed) in nats per token when this head alone is compressed to kSensitivityRatio. Empty:
   // the file has none, and its ratios serve their own mean only.
   std::vector<double> sensitivity;
   // The same at ratios of 1/2, 1/4 and 1/8, and with all entries at 4 bits; all of them or none.
   std::vector<double> sensitivity_half, sensitivity_quarter, sensitivity_eighth, sensitivity_4_bits;
+  // The same without any entries but the sinks. Empty: unknown, and every head keeps some.
+  std::vector<double> sensitivity_none;
 
   double MeanRatio() const;
   // Whether SpendBytes() can share any number of bytes, and RatiosForMean() any mean by what was measured.

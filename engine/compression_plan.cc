@@ -125,14 +125,19 @@ CompressionPlan::FitSize CompressionPlan::LargestFit() const {
 }
 
 std::vector<int32_t> CompressionPlan::LevelEntries(int32_t count) const {
-  std::vector<int32_t> entries = {count};
+  const int32_t least = settings_.sink_tokens;  // of a state
+  std::vector<int32_t> entries = {std::max(count, least), count};
   const int cap = settings_.max_principal_keys;
   if (cap == 0) return entries;
   const int segments = shape_.max_positions / settings_.segment_tokens + 1;
-  const int saturated = CeilDiv(cap, *std::min_element(counts_.begin(), counts_.end()));
-  const int last = std::max(first_replacing_, std::min(saturated, segments) + replacing_period_ - 1);
-  for (int k = first_replacing_; k <= last; k += replacing_period_)
-    entries.push_back(std::min<int32_t>(cap - (replacing_period_ - 1) / 2 * count, (k + 1) * count));
+  int32_t slowest = cap;
+  for (const int32_t c : counts_) slowest = c > 0 ? std::min(slowest, c) : slowest;
+  const int last =
+      std::max(first_replacing_, std::min(CeilDiv(cap, slowest), segments) + replacing_period_ - 1);
+  for (int k = first_replacing_; k <= last; k += replacing_period_) {
+    const int32_t grown = std::min<int32_t>(cap - (replacing_period_ - 1) / 2 * count, (k + 1) * count);
+    entries.push_back(std::max(grown, least));
+  }
   return entries;
 }
 
@@ -296,13 +301,16 @@ absl::StatusOr<std::shared_ptr<const CompressionPlan>> MakeCompressionPlan(
   }
   std::vector<int32_t> counts;
   for (const double ratio : ratios) {
-    if (!(ratio > 0 && ratio <= 1)) {
+    const bool sinks_only = ratio == 0 && !settings.head_ratio.empty();
+    if (!sinks_only && !(ratio > 0 && ratio <= 1)) {
       return absl::InvalidArgumentError(
           absl::StrCat("atp.ratio: expected more than 0 and at most 1, found ", ratio));
     }
-    counts.push_back(std::clamp(static_cast<int>(std::lround(ratio * settings.segment_tokens)), least,
-                                settings.segment_tokens));
+    const auto count = static_cast<int>(std::lround(ratio * settings.segment_tokens));
+    counts.push_back(sinks_only ? 0 : std::clamp(count, least, settings.segment_tokens));
   }
+  if (std::all_of(counts.begin(), counts.end(), [](int32_t count) { return count == 0; }))
+    return absl::InvalidArgumentError("atp.budgets: no head keeps anything of closed segments");
   std::vector<int> bits = settings.head_bits;
   if (bits.empty()) bits.assign(heads, settings.bits);
   if (bits.size() != heads) {

@@ -37,14 +37,16 @@ inline constexpr int kPrincipalHorizon = 1024;
 enum LinearLayers : uint8_t { kQueryKeyValue = 1, kGateUp = 2, kDown = 4 };
 
 struct CompressionSettings {
-  double ratio = 1.0;              // principal entries per token of a closed segment, (0, 1]
-  std::vector<double> head_ratio;  // [layers * kv_heads], layer-major, instead of `ratio`; empty: uniform
-  int bits = 16;                   // per element of principal entries: 16 = as exact ones, 8 or 4
-  std::vector<int> head_bits;      // [layers * kv_heads] instead of `bits`; empty: uniform
-  int segment_tokens = 256;        // a multiple of the block size
-  int window_tokens = 256;         // newest tokens that stay exact; a multiple of the block size, 0 too
-  int sink_tokens = 4;             // first tokens that every fit keeps
-  int max_principal_keys = 0;      // per kv head; 0 = as many as there are
+  double ratio = 1.0;  // principal entries per token of a closed segment, (0, 1]
+  // [layers * kv_heads], layer-major, instead of `ratio`; empty: uniform. 0, but not of all heads: the head
+  // keeps the sinks and nothing else of closed segments.
+  std::vector<double> head_ratio;
+  int bits = 16;               // per element of principal entries: 16 = as exact ones, 8 or 4
+  std::vector<int> head_bits;  // [layers * kv_heads] instead of `bits`; empty: uniform
+  int segment_tokens = 256;    // a multiple of the block size
+  int window_tokens = 256;     // newest tokens that stay exact; a multiple of the block size, 0 too
+  int sink_tokens = 4;         // first tokens that every fit keeps
+  int max_principal_keys = 0;  // per kv head; 0 = as many as there are
   // Rank of the input of linear layers in whole segments of a prompt, as a share of segment_tokens; 1: exact.
   double linear_rank = 1;
   uint8_t linear_layers = 0;     // LinearLayers that take it: see ChooseLinearLayers (engine/low_rank.h)
@@ -195,16 +197,18 @@ class CompressionPlan {
   CompressionPlan(const CompressionSettings& settings, const CompressionShape& shape,
                   std::vector<int32_t> counts, const std::vector<int>& bits);
 
-  // Groups of one segment are all alike; replacing ones grow head by head, up to a number.
+  // The first segment's group has the sinks, those of later ones are all alike, and replacing ones grow head
+  // by head, up to a number.
   size_t Level(int segment) const {
-    if (!Replaces(segment)) return 0;
-    return std::min(static_cast<size_t>((segment - first_replacing_) / replacing_period_ + 1),
+    // Not a comparison with 0, from which GCC 12's loop splitting makes a loop that adds nothing up.
+    if (!Replaces(segment)) return static_cast<size_t>(std::min(segment, 1));
+    return std::min(static_cast<size_t>((segment - first_replacing_) / replacing_period_ + 2),
                     total_group_blocks_.size() - 1);
   }
   std::span<const int32_t> Row(const std::vector<int32_t>& table, int segment) const {
     return {table.data() + Level(segment) * counts_.size(), counts_.size()};
   }
-  // Entries of one head in the groups of all levels.
+  // Entries in the groups of all levels of a head to which a segment adds `count`.
   std::vector<int32_t> LevelEntries(int32_t count) const;
   void ChoosePages(const std::vector<int>& bits);
   void PlacePages(size_t level);
@@ -213,7 +217,7 @@ class CompressionPlan {
   CompressionSettings settings_;
   CompressionShape shape_;
   int linear_rank_ = 0;
-  std::vector<int32_t> counts_;  // [heads], principal entries that a segment adds
+  std::vector<int32_t> counts_;  // [heads], principal entries that a segment behind the first one adds
   std::vector<KvPage> pages_;    // of the formats and sizes in use
   std::vector<int> page_parts_;  // of a block, for each of them
   std::vector<int> head_page_;   // [heads], index into pages_

@@ -24,7 +24,14 @@ void PrincipalCompactor::Begin(const Batch& batch) {
     }
     if (entry.closes_segment) closings_.push_back({&entry, first / segment_tokens});
   }
-  reports_.assign(static_cast<size_t>(layers_) * closings_.size() * kv_heads_, {});
+  reports_.clear();
+  first_report_.clear();
+  for (int head = 0; head < layers_ * kv_heads_; ++head) {
+    if (head % kv_heads_ == 0) first_report_.push_back(reports_.size());
+    for (const Closing& c : closings_)
+      if (c.entry->plan->GroupEntries(c.segment)[head] > 0) reports_.emplace_back();
+  }
+  first_report_.push_back(reports_.size());
 }
 
 std::span<const QuerySampleRow> PrincipalCompactor::Queries(int layer) {
@@ -51,6 +58,7 @@ std::span<const PrincipalFitJob> PrincipalCompactor::Jobs(int layer) {
     for (int kv_head = 0; kv_head < kv_heads_; ++kv_head) {
       const int head = layer * kv_heads_ + kv_head;
       const int pages = plan.GroupPages(c.segment)[head];
+      if (pages == 0) continue;  // nothing is kept
       PrincipalFitJob job;
       // The group of the closing segment is the last one in the table, and the state before it ends there.
       const std::span<const BlockId> principal = table.principal(head);
@@ -81,8 +89,7 @@ std::span<const PrincipalFitJob> PrincipalCompactor::Jobs(int layer) {
 }
 
 std::span<PrincipalFitReport> PrincipalCompactor::Reports(int layer) {
-  const size_t jobs = closings_.size() * kv_heads_;
-  return std::span(reports_).subspan(layer * jobs, jobs);
+  return std::span(reports_).subspan(first_report_[layer], first_report_[layer + 1] - first_report_[layer]);
 }
 
 }  // namespace atp

@@ -4,6 +4,7 @@
 #ifndef ATP_ENGINE_PRINCIPAL_COMPACTOR_H_
 #define ATP_ENGINE_PRINCIPAL_COMPACTOR_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -45,7 +46,8 @@ class PrincipalCompactor {
   std::vector<QuerySampleRow> rows_;
   std::vector<PrincipalFitJob> jobs_;
   std::vector<int32_t> positions_;           // [closings][heads][samples]: where each reference is asked from
-  std::vector<PrincipalFitReport> reports_;  // [layers][closings][kv_heads]
+  std::vector<PrincipalFitReport> reports_;  // of each job, layer by layer
+  std::vector<size_t> first_report_;         // [layers + 1]
 };
 
 }  // namespace atp

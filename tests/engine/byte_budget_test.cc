@@ -68,6 +68,26 @@ TEST(SpendBytes, HeadsThatLookThingsUpKeepTheirKeys) {
   EXPECT_LE(ShareOfBf16(*PlanOf(spent, 128, Shape()), Shape()), 0.15);
 }
 
+// Where the budgets know what a head without entries costs, those that mind least pay for the two that look
+// things up: in a share with which these could not keep all of their keys otherwise, and in the same way by
+// entries.
+TEST(SpendBytes, HeadsThatMindNothingKeepTheSinksOnly) {
+  CompressionBudgets budgets = Measured();
+  EXPECT_LT(SpendBytes(budgets, 0.11, Settings(128), Shape(), "f")->ratio[3], 1);
+  budgets.sensitivity_none = {0.02, 0.02, 1.1, 1.1, 2e-4, 2e-4};
+  const HeadBudgets spent = SpendBytes(budgets, 0.11, Settings(128), Shape(), "f").value();
+  EXPECT_EQ(spent.ratio[2], 1);
+  EXPECT_EQ(spent.ratio[3], 1);
+  EXPECT_EQ(spent.ratio[4], 0);
+  EXPECT_EQ(spent.ratio[5], 0);
+  EXPECT_LE(ShareOfBf16(*PlanOf(spent, 128, Shape()), Shape()), 0.11);
+
+  const std::vector<double> shared = *RatiosForMean(budgets, 18.0 / 48, 128, 16, "f");
+  EXPECT_THAT(shared, testing::ElementsAre(0.125, 0.125, 1, 1, 0, 0));
+  // Enough for everybody.
+  EXPECT_THAT(*RatiosForMean(budgets, 0.75, 128, 16, "f"), testing::Each(testing::Gt(0)));
+}
+
 TEST(SpendBytes, NeverMoreThanWasGivenAndNotMuchLess) {
   std::mt19937 random(5);
   const auto uniform = [&random](double low, double high) {
@@ -83,6 +103,9 @@ TEST(SpendBytes, NeverMoreThanWasGivenAndNotMuchLess) {
           budgets.sensitivity_eighth[h] = budgets.sensitivity_quarter[h] * uniform(1, 5);
           budgets.sensitivity[h] = budgets.sensitivity_eighth[h] * uniform(1, 5);
           budgets.sensitivity_4_bits[h] = uniform(1e-6, 0.1);
+        }
+        if (segment == 256 || head_dim == 8) {
+          for (const double kl : budgets.sensitivity) budgets.sensitivity_none.push_back(kl * uniform(1, 5));
         }
         const CompressionShape shape = Shape(head_dim, format);
         double before = 0;
@@ -162,6 +185,12 @@ TEST(SpendBytes, Refusals) {
   EXPECT_THAT(std::string(few.status().message()), HasSubstr("take at least 0.05"));
   EXPECT_THAT(std::string(few.status().message()), HasSubstr("atp.segment_tokens"));
   EXPECT_TRUE(SpendBytes(Measured(), 0.02, Settings(512), Shape(), "f").ok());
+  CompressionBudgets none = Measured();  // one page, at least
+  none.sensitivity_none = {0.02, 0.02, 1.1, 1.1, 2e-4, 2e-4};
+  EXPECT_TRUE(SpendBytes(none, 0.03, Settings(128), Shape(), "f").ok());
+  const auto nothing = SpendBytes(none, 0.01, Settings(128), Shape(), "f");
+  EXPECT_EQ(nothing.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(nothing.status().message()), HasSubstr("take at least 0.02"));
   CompressionBudgets bare = Measured();
   bare.sensitivity_4_bits.clear();
   EXPECT_THAT(std::string(SpendBytes(bare, 0.5, Settings(128), Shape(), "f").status().message()),

@@ -93,10 +93,13 @@ TEST(CompressionBudgets, ErrorsNameFileKeyAndShape) {
             "b.json: ratio: expected an array of 2 layers, found an array of 1");
   EXPECT_EQ(ErrorOf(R"({"ratio": [[1, 1, 1], [1, 1]]})"),
             "b.json: ratio[1]: expected an array of 3 kv heads, found an array of 2");
-  for (const char* const wrong : {"0", "-0.5", "1.01", "\"1\"", "null"}) {
+  for (const char* const wrong : {"-0.5", "1.01", "\"1\"", "null"}) {
     EXPECT_EQ(ErrorOf(std::string(R"({"ratio": [[1, 1, 1], [1, )") + wrong + ", 1]]}"),
-              std::string("b.json: ratio[1][1]: expected a number in (0, 1], found ") + wrong);
+              std::string("b.json: ratio[1][1]: expected a number in [0, 1], found ") + wrong);
   }
+  EXPECT_EQ(ErrorOf(R"({"ratio": [[0, 0, 0], [0, 0.5, 0]]})"), "");
+  EXPECT_EQ(ErrorOf(R"({"ratio": [[0, 0, 0], [0, 0, 0]]})"),
+            "b.json: ratio: 0 for all heads; at least one must keep entries");
   EXPECT_EQ(ErrorOf(R"({"ratio": )" + good + R"(, "sensitivity": [[0, 1, -2], [3, 4, 5]]})"),
             "b.json: sensitivity[0][2]: expected a number that is not negative, found -2");
 }
@@ -120,6 +123,7 @@ TEST(CompressionBudgets, SavesAndLoads) {
   budgets.sensitivity_quarter = {2, 3, 4, 5, 6, 7};
   budgets.sensitivity_eighth = {3, 4, 5, 6, 7, 8};
   budgets.sensitivity_4_bits = {4, 5, 6, 7, 8, 9};
+  budgets.sensitivity_none = {5, 6, 7, 8, 9, 10};
   ASSERT_TRUE(SaveCompressionBudgets(budgets, path).ok());
   const auto curves = LoadCompressionBudgets(path, 2, 3);
   ASSERT_TRUE(curves.ok()) << curves.status();
@@ -129,6 +133,7 @@ TEST(CompressionBudgets, SavesAndLoads) {
   EXPECT_EQ(curves->sensitivity_quarter, budgets.sensitivity_quarter);
   EXPECT_EQ(curves->sensitivity_eighth, budgets.sensitivity_eighth);
   EXPECT_EQ(curves->sensitivity_4_bits, budgets.sensitivity_4_bits);
+  EXPECT_EQ(curves->sensitivity_none, budgets.sensitivity_none);
   EXPECT_THAT(std::string(LoadCompressionBudgets(path, 3, 3).status().message()), HasSubstr(path));
   std::remove(path.c_str());
   EXPECT_THAT(std::string(LoadCompressionBudgets(path, 2, 3).status().message()),

@@ -30,12 +30,13 @@ CompressionShape Shape() {
   return shape;
 }
 
-CompressionSettings Settings(int segment, int window, int cap = 0) {
+// last: the ratio of the last head.
+CompressionSettings Settings(int segment, int window, int cap = 0, double last = 0.3) {
   CompressionSettings settings;
   settings.segment_tokens = segment;
   settings.window_tokens = window;
   settings.max_principal_keys = cap;
-  settings.head_ratio = {0.5, 0.25, 1.0 / 32, 0.1, 1.0, 0.3};
+  settings.head_ratio = {0.5, 0.25, 1.0 / 32, 0.1, 1.0, last};
   return settings;
 }
 
@@ -66,18 +67,19 @@ TEST(CompressionPlan, VisibleSegmentsAreTheRule) {
 }
 
 // The state grows segment by segment, up to a quarter above the cap; where a head would exceed that, all
-// heads are fitted anew, to what they would have or as much below the cap.
-TEST(CompressionPlan, GroupsAddUpToStates) {
+// heads are fitted anew, to what they would have or as much below the cap. A head without entries has the
+// four sinks, in the first segment and in every state.
+void CheckGroups(double last) {
   for (const int s : kSegments) {
     for (const int cap : {0, 4, 16, 50, 100, 300, 1500}) {
-      const auto plan = Make(Settings(s, 64, cap));
+      const auto plan = Make(Settings(s, 64, cap, last));
       std::vector<int> state(6, 0), state_blocks(6, 0);
       int begin = 0;
       for (int k = 0; k < Shape().max_positions / s; ++k) {
         std::vector<int> count(6);
         for (int h = 0; h < 6; ++h) {
-          const double ratio = Settings(s, 64).head_ratio[h];
-          count[h] = std::max(4, static_cast<int>(std::lround(ratio * s)));
+          const double ratio = Settings(s, 64, cap, last).head_ratio[h];
+          if (ratio > 0) count[h] = std::max(4, static_cast<int>(std::lround(ratio * s)));
         }
         const int room = cap / 4 / *std::max_element(count.begin(), count.end());
         bool replaced = false;
@@ -90,12 +92,13 @@ TEST(CompressionPlan, GroupsAddUpToStates) {
         for (int h = 0; h < 6; ++h) {
           const int before = state_blocks[h];
           ASSERT_EQ(plan->StatePages(k - 1, h), before);
-          state[h] += count[h];
-          if (replaced) state[h] = std::min((k + 1) * count[h], cap - room * count[h]);
+          const int added = k == 0 ? std::max(4, count[h]) : count[h];
+          state[h] += added;
+          if (replaced) state[h] = std::max(4, std::min((k + 1) * count[h], cap - room * count[h]));
           if (cap > 0) {
             ASSERT_LE(state[h], cap + cap / 4);
           }
-          const int entries = replaced ? state[h] : count[h];
+          const int entries = replaced ? state[h] : added;
           const int blocks = (entries + 15) / 16;
           ASSERT_EQ(plan->GroupEntries(k)[h], entries);
           ASSERT_EQ(plan->GroupPages(k)[h], blocks);
@@ -108,6 +111,11 @@ TEST(CompressionPlan, GroupsAddUpToStates) {
       }
     }
   }
+}
+
+TEST(CompressionPlan, GroupsAddUpToStates) {
+  CheckGroups(0.3);
+  CheckGroups(0);
 }
 
 // Pages of a group lie in its blocks, whole, aligned for their size, and nowhere twice.
@@ -173,7 +181,8 @@ TEST(CompressionPlan, PeakBlocksAreWhatAWalkCounts) {
   std::mt19937 random(3);
   for (int i = 0; i < 300; ++i) {
     const auto plan = Make(Settings(kSegments[random() % 4], kWindows[random() % 5],
-                                    random() % 2 == 0 ? 0 : static_cast<int>(4 + random() % 200)));
+                                    random() % 2 == 0 ? 0 : static_cast<int>(4 + random() % 200),
+                                    random() % 2 == 0 ? 0.3 : 0));
     const int to = static_cast<int>(random() % 2000);
     const int from = to == 0 ? 0 : static_cast<int>(random() % to) / 16 * 16;
     const int fitted = plan->FittedSegments(to - static_cast<int>(random() % 2));
@@ -289,7 +298,10 @@ TEST(CompressionPlan, WrongSettingsAreNamed) {
   EXPECT_THAT(error([](CompressionSettings* s) { s->max_principal_keys = 3; }),
               HasSubstr("atp.max_principal_keys"));
   EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio.pop_back(); }), HasSubstr("atp.budgets"));
-  EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio[2] = 0; }), HasSubstr("atp.ratio"));
+  EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio[2] = -0.1; }), HasSubstr("atp.ratio"));
+  EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio.assign(6, 0); }), HasSubstr("atp.budgets"));
+  EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio.clear(), s->ratio = 0; }),
+              HasSubstr("atp.ratio"));
   EXPECT_THAT(error([](CompressionSettings* s) { s->head_ratio[2] = 1.5; }), HasSubstr("atp.ratio"));
 }
 

@@ -141,7 +141,7 @@ TEST(PrincipalModel, HeadsWithDifferentBudgetsStandSideBySide) {
   PlannedRunner runner(std::string(ATP_SOURCE_DIR) + "/tests/golden/llama3_gqa2_bf16");
   CompressionSettings settings = Settings(1, 32, 16);
   for (int i = 0; i < runner.cache().shape().heads_total(); ++i) {
-    settings.head_ratio.push_back(i % 3 == 0 ? 1.0 : i % 3 == 1 ? 0.25 : 1.0 / 8);
+    settings.head_ratio.push_back(i % 3 == 0 ? 1.0 : i % 3 == 1 ? 0.25 : i % 4 == 1 ? 0 : 1.0 / 8);
     settings.head_bits.push_back(i % 4 == 0 ? 16 : i % 4 == 1 ? 8 : 4);
   }
   const std::vector<TokenId> tokens = RandomTokens(200, runner.config().vocab_size, 8);

@@ -104,7 +104,7 @@ class Simulation {
     }
     if (Below(2) == 0) settings.max_principal_keys = 1 + Below(2 * settings.segment_tokens);
     for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
-      settings.head_ratio.push_back((1 + Below(8)) / 8.0);
+      settings.head_ratio.push_back((i == 0 ? 1 + Below(8) : Below(9)) / 8.0);
     for (int i = 0; i < options_.layers * options_.kv_heads; ++i)
       settings.head_bits.push_back(std::vector<int>{16, 16, 8, 4}[Below(4)]);
     return MakeCompressionPlan(settings, shape_).value();  // null where there is nothing to compress
