@@ -22,7 +22,9 @@
 namespace atp {
 namespace {
 
-constexpr int kDefaultSequences = 16;
+constexpr int kDefaultSequences = 8;
+// Many segments: what it costs to drop a history shows in long ones only.
+constexpr int kDefaultContext = 2048;
 constexpr int kBarColumns = 30;
 
 struct CalibrateFlags {
@@ -157,11 +159,14 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
       Case(c, {std::vector<double>(static_cast<size_t>(c.cache.heads_total()), kSensitivityRatio), {}});
   if (!any.ok()) return any.status();
   const int untouched = any->plan->UntouchedTokens();
-  if (*context <= untouched) {
+  size_t longest = 0;
+  for (const auto& ids : c.sequences) longest = std::max(longest, ids.size());
+  if (longest <= static_cast<size_t>(untouched)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("sequences of ", *context, " tokens are never compressed with segments of ",
+        absl::StrCat("sequences of ", longest, " tokens are never compressed with segments of ",
                      c.settings.segment_tokens, " and a window of ", c.settings.window_tokens,
-                     " tokens: give --context more than ", untouched, ", or smaller --segment and --window"));
+                     " tokens: bring longer ones and give --context more than ", untouched,
+                     ", or smaller --segment and --window"));
   }
   c.from = flags.from >= 0 ? flags.from : untouched;
   return c;
@@ -250,7 +255,7 @@ void AddCalibrate(CLI::App* app, int* exit_code) {
       "calibrate", "Measure which kv heads mind being compressed, and write budgets beside the model");
   auto flags = std::make_shared<CalibrateFlags>(calibrate);
   flags->settings.AddModelFlags();
-  AddDataFlags(calibrate, &flags->data, kDefaultSequences);
+  AddDataFlags(calibrate, &flags->data, kDefaultSequences, kDefaultContext);
   calibrate
       ->add_option("--ratio", flags->ratio,
                    "mean principal entries per token that the heads share (default: none; either this or "

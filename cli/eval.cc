@@ -28,6 +28,8 @@ namespace {
 
 using nlohmann::ordered_json;
 
+constexpr int kDefaultContext = 512;
+
 struct EvalFlags {
   explicit EvalFlags(CLI::App* app) : settings(app) {}
   SettingsFlags settings;
@@ -336,7 +338,7 @@ void AddEval(CLI::App* app, int* exit_code) {
       app->add_subcommand("eval", "How well a model predicts a text, with the KV cache exact and compressed");
   auto flags = std::make_shared<EvalFlags>(eval);
   flags->settings.AddModelFlags();
-  AddDataFlags(eval, &flags->data, 0);
+  AddDataFlags(eval, &flags->data, /*default_limit=*/0, kDefaultContext);
   eval->add_option("--from", flags->from,
                    "judge predictions made at this position and later, in tokens (default: 0)")
       ->option_text("TOKENS")

@@ -14,7 +14,6 @@
 namespace atp {
 namespace {
 
-constexpr int kDefaultContext = 512;
 constexpr std::string_view kSeparator = "<|endoftext|>";
 constexpr int kShortestSpan = 8;
 constexpr int kLongestSpan = 64;
@@ -68,15 +67,16 @@ absl::StatusOr<std::string> ReadText(const std::string& path) {
 
 }  // namespace
 
-void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit) {
+void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit, int default_context) {
   flags->limit = default_limit;
+  flags->default_context = default_context;
   app->add_option("--text", flags->text_file, "text, split at <|endoftext|> where it has that; or --ids")
       ->option_text("FILE");
   app->add_option("--ids", flags->ids_file, "token ids: [rows, tokens] of int32, int64 or uint16; or --text")
       ->option_text("FILE.npy");
   app->add_option("--context", flags->context,
-                  "tokens per sequence, more are cut off or go to the next one (default: 512, or the "
-                  "model's positions)")
+                  absl::StrCat("tokens per sequence, more are cut off or go to the next one (default: ",
+                               default_context, ", or the model's positions)"))
       ->option_text("TOKENS")
       ->check(CLI::Range(2, 1 << 24));
   app->add_option("--limit", flags->limit,
@@ -92,7 +92,7 @@ absl::Status CheckDataFlags(const DataFlags& flags, const std::string& command) 
 
 absl::StatusOr<int> ContextTokens(const DataFlags& flags, const LoadedModel& loaded) {
   const int context =
-      flags.context > 0 ? flags.context : std::min(kDefaultContext, loaded.max_context_tokens);
+      flags.context > 0 ? flags.context : std::min(flags.default_context, loaded.max_context_tokens);
   if (context <= loaded.max_context_tokens) return context;
   return absl::InvalidArgumentError(absl::StrCat("--context ", context, ": the model has positions for ",
                                                  loaded.max_context_tokens, " tokens"));

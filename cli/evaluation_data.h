@@ -23,12 +23,13 @@ using TokenSequences = std::vector<std::vector<TokenId>>;
 struct DataFlags {
   std::string text_file;
   std::string ids_file;
-  int context = 0;    // tokens per sequence; 0: 512, or the model's positions
+  int context = 0;  // tokens per sequence; 0: default_context, or the model's positions
+  int default_context = 0;
   int64_t limit = 0;  // sequences; 0: all
 };
 
 // --text, --ids, --context, --limit.
-void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit);
+void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit, int default_context);
 // One of text and ids must be given. `command` is for the message.
 absl::Status CheckDataFlags(const DataFlags& flags, const std::string& command);
 

@@ -24,7 +24,7 @@ import tempfile
 
 HELD_OUT, LONG = 32, 6  # sequences of 512 and of 2,048
 STEPS = ("budgets", "golden", "tables", "plot")
-PLACES, CHARACTERS, CALIBRATION_SEQUENCES = 64, 2600, 8
+PLACES, CHARACTERS = 6, 9000  # of the calibration, each a sequence
 SCHEDULE = ["--from", "256", "--segment", "128", "--window", "128"]
 
 
@@ -56,8 +56,8 @@ class Regeneration:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as sample:
             sample.write("<|endoftext|>".join(parts))
             sample.flush()
-            print(self.atp("calibrate", "--text", sample.name, "--segment", 128, "--window", 128, "--bytes", 0.125,
-                           "--limit", CALIBRATION_SEQUENCES, "--out", self.budgets))
+            print(self.atp("calibrate", "--text", sample.name, "--bytes", 0.125, "--limit", PLACES,
+                           "--out", self.budgets))
 
     def make_golden(self):
         golden = self.args.root / "tests" / "golden"
@@ -113,12 +113,12 @@ class Regeneration:
         exact = cell(self.eval("--ratio", "1")[0], "cross_entropy")
         spent = of(spent, "atp")
         ratios = ["1/2", "1/4", "1/8"]
-        tables["entries"] = [["entries kept, mean of all heads"] + ratios[:2],
-                             row("KL, principal keys", of(shared, "atp")[:2], "kl"),
-                             row("KL, newest tokens and sinks", of(shared, "recent")[:2], "kl"),
-                             row("KL, most attended tokens (SnapKV style)", of(shared, "attention")[:2], "kl"),
-                             row("agreement, principal keys", of(shared, "atp")[:2], "agreement"),
-                             row(f"cross-entropy (exact {exact})", of(shared, "atp")[:2], "cross_entropy")]
+        tables["entries"] = [["entries kept, mean of all heads"] + ratios,
+                             row("KL, principal keys", of(shared, "atp"), "kl"),
+                             row("KL, newest tokens and sinks", of(shared, "recent"), "kl"),
+                             row("KL, most attended tokens (SnapKV style)", of(shared, "attention"), "kl"),
+                             row("agreement, principal keys", of(shared, "atp"), "agreement"),
+                             row(f"cross-entropy (exact {exact})", of(shared, "atp"), "cross_entropy")]
         tables["bytes"] = [["share of bf16 bytes", "1/4", "1/8", "1/16"], row("KL", spent, "kl"),
                            row("agreement", spent, "agreement"), row("cross-entropy", spent, "cross_entropy")]
         names = {"atp": "principal keys", "unfitted": "principal keys without fits (`unfitted`)",

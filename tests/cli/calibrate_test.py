@@ -54,7 +54,7 @@ class Calibrate(unittest.TestCase):
             self.assertIn("of the bytes of bf16", done.stdout)
             with open(path, encoding="utf-8") as file:
                 budgets = json.load(file)
-            self.assertEqual(set(budgets), {"ratio", "bits"} | {"sensitivity" + s for s in ("", "_half", "_quarter", "_eighth", "_4_bits")})
+            self.assertEqual(set(budgets), {"ratio", "bits"} | {"sensitivity" + s for s in ("", "_half", "_quarter", "_eighth", "_none", "_4_bits")})
             self.assertLessEqual({b for row in budgets["bits"] for b in row}, {4, 8})
             done = atp("eval", *args, "--budgets", path, "--json")
             row, = json.loads(done.stdout)["rows"]
@@ -75,6 +75,11 @@ class Calibrate(unittest.TestCase):
                        "--ratio", 0.75, "--out", path)
             self.assertEqual(done.returncode, 0, done.stderr)
             self.assertTrue(os.path.exists(path))
+            # As the server's start line says it: sequences are long enough for its segment and window.
+            with open(text, "w", encoding="utf-8") as file:
+                file.write(" ".join(f"The {i}th man went down to the sea." for i in range(120)))
+            done = atp("calibrate", "--model", MODEL, "--text", text, "--ratio", 0.75, "--out", path)
+            self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_refusals(self):
         def says(code, text, *args):
