@@ -108,7 +108,8 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   absl::StatusOr<CompressionBudgets> budgets =
       LoadCompressionBudgets(choice.budgets_file, model.layers, model.kv_heads);
   if (!budgets.ok()) return budgets.status();
-  CompressionShape shape = CompressionShapeOf(model, block_tokens, format, /*max_positions=*/0);
+  CompressionShape shape =
+      CompressionShapeOf(model, block_tokens, format, static_cast<int>(model.max_positions));
   shape.block_bytes = block_bytes;
   if (absl::Status s = ShareAmongHeads(config, budget.share, *budgets, shape, &choice); !s.ok()) return s;
   return choice;

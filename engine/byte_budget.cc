@@ -105,10 +105,6 @@ int64_t Spend(const std::vector<std::vector<Option>>& options, int64_t parts, st
   }
 }
 
-bool KeepsAny(const std::vector<Option>& chosen) {
-  return std::any_of(chosen.begin(), chosen.end(), [](const Option& option) { return option.entries > 0; });
-}
-
 // Blocks of so many segments, of which the first one also has the sinks of heads that keep nothing else.
 int64_t BlocksOf(const std::vector<Option>& chosen, int segments, int sinks, const CompressionShape& shape) {
   int64_t least = std::numeric_limits<int64_t>::max(), parts = 0, of_sinks = 0;
@@ -183,6 +179,12 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
   std::vector<std::vector<Option>> options;
   for (size_t head = 0; head < budgets.ratio.size(); ++head)
     options.push_back(Options(budgets, head, settings.segment_tokens, sized));
+  const auto has_entries = [](const Option& option) { return option.entries > 0; };
+  if (std::none_of(options.front().begin(), options.front().end(), has_entries)) {
+    return absl::InvalidArgumentError(absl::StrCat("KV blocks of ", sized.block_bytes,
+                                                   " bytes, made for exact entries, have no room for ",
+                                                   "compressed ones of any bits"));
+  }
   const auto block_bytes = static_cast<double>(sized.block_bytes);
   const double bytes = share * Bf16Bytes(shape, settings.segment_tokens);
   const int segments = std::max(1, shape.max_positions / settings.segment_tokens);
@@ -198,7 +200,7 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
       least += chosen.back().parts;
     }
     if (parts >= least) Spend(options, parts - least, &chosen);
-    if (parts < least || !KeepsAny(chosen)) {
+    if (parts < least || std::none_of(chosen.begin(), chosen.end(), has_entries)) {
       const double least_bytes =
           std::ceil(static_cast<double>(std::max(least, parts + 1)) / kBlockParts) * block_bytes;
       return absl::InvalidArgumentError(

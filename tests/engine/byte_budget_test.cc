@@ -191,6 +191,10 @@ TEST(SpendBytes, Refusals) {
   const auto nothing = SpendBytes(none, 0.01, Settings(128), Shape(), "f");
   EXPECT_EQ(nothing.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(nothing.status().message()), HasSubstr("take at least 0.02"));
+  CompressionShape exact = Shape(32, KvFormat::kInt4);
+  exact.block_bytes = KvPage(KvFormat::kInt4, 16, 32, /*with_log_mass=*/false).bytes();
+  EXPECT_THAT(std::string(SpendBytes(Measured(), 0.2, Settings(128), exact, "f").status().message()),
+              HasSubstr("no room"));
   CompressionBudgets bare = Measured();
   bare.sensitivity_4_bits.clear();
   EXPECT_THAT(std::string(SpendBytes(bare, 0.5, Settings(128), Shape(), "f").status().message()),
