@@ -76,8 +76,8 @@ TEST_P(LowRank, AgreesWithTheReference) {
   }
 }
 
-// Always the same rows: how well the test matrix meets a faint direction has a long tail, and fp32 loses what it
-// hardly meets (once in some thousand runs with other rows).
+// Always the same rows: how well the test matrix meets a faint direction has a long tail, and fp32 loses what
+// it hardly meets (once in some thousand runs with other rows).
 TEST_P(LowRank, RowsOfLessRankAreExact) {
   rng_.seed(1);
   for (const Shape& s : kShapes) {
