@@ -1,4 +1,4 @@
-atp_test(compression_plan_test SOURCES compression_plan_test.cc LIBS atp_engine)
+atp_test(compression_plan_test SOURCES compression_plan_test.cc principal_compactor_test.cc LIBS atp_engine)
 atp_test(compression_plans_test SOURCES compression_plans_test.cc LIBS atp_engine)
 atp_test(override_engine_test SOURCES override_engine_test.cc LIBS atp_engine)
 atp_test(principal_model_test SOURCES principal_model_test.cc LIBS atp_engine)

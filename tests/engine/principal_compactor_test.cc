@@ -1,0 +1,68 @@
+#include "engine/principal_compactor.h"
+
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <span>
+#include <vector>
+
+#include "engine/block_table.h"
+#include "engine/compression_plan.h"
+#include "gtest/gtest.h"
+
+namespace atp {
+namespace {
+
+// Two layers of two kv heads and a query head each; one head of each layer keeps the sinks only.
+std::shared_ptr<const CompressionPlan> Plan() {
+  CompressionShape shape;
+  shape.layers = 2;
+  shape.heads = shape.kv_heads = 2;
+  shape.head_dim = 8;
+  shape.max_positions = 256;
+  CompressionSettings settings;
+  settings.segment_tokens = 32;
+  settings.window_tokens = 0;
+  settings.head_ratio = {0, 0.5, 1, 0};
+  return MakeCompressionPlan(settings, shape).value();
+}
+
+// Heads that keep nothing of a segment are not fitted; those that are, each have a report of their own.
+TEST(PrincipalCompactor, JobsAreOfHeadsThatKeepSomething) {
+  const auto plan = Plan();
+  PrincipalCompactor compactor(2, 2, 2);
+  for (const int segment : {0, 1, 5}) {
+    BlockTable table(2, 2);
+    std::vector<BlockId> ids(64);
+    std::iota(ids.begin(), ids.end(), 0);
+    for (int head = 0; head < 4; ++head) table.SetPrincipalPage(head, plan->Page(head));
+    for (int block = 0; block < 2; ++block) table.AppendExact({ids.data() + 4 * block, 4});
+    table.AppendPrincipal(ids, plan->GroupPages(segment), plan->GroupPlaces(segment));
+    table.SetQueries(ids);
+    Batch batch;
+    for (int i = 0; i < 32; ++i) batch.positions.push_back(segment * 32 + i);
+    batch.tokens.assign(32, 0);
+    BatchEntry entry;
+    entry.table = &table;
+    entry.rows = entry.exact_entries = 32;
+    entry.plan = plan.get();
+    entry.closes_segment = true;
+    batch.entries = {entry, entry};
+    compactor.Begin(batch);
+    size_t reports = 0;
+    for (int layer = 0; layer < 2; ++layer) {
+      const std::vector<int> kept = segment == 0 ? std::vector<int>{layer == 0 ? 4 : 32, layer == 0 ? 16 : 4}
+                                                 : std::vector<int>{layer == 0 ? 16 : 32};
+      const std::span<const PrincipalFitJob> jobs = compactor.Jobs(layer);
+      ASSERT_EQ(jobs.size(), 2 * kept.size()) << "segment " << segment;
+      for (size_t i = 0; i < jobs.size(); ++i) EXPECT_EQ(jobs[i].count, kept[i % kept.size()]);
+      EXPECT_EQ(compactor.Reports(layer).size(), jobs.size());
+      EXPECT_EQ(compactor.Reports(layer).data(), compactor.reports().data() + reports);
+      reports += jobs.size();
+    }
+    EXPECT_EQ(compactor.reports().size(), reports);
+  }
+}
+
+}  // namespace
+}  // namespace atp
