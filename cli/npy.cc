@@ -6,6 +6,8 @@
 #include <sstream>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "engine/safetensors_header.h"
 
 namespace atp {
 namespace {
@@ -70,7 +72,7 @@ absl::StatusOr<Array> ParseArray(std::string_view bytes, const std::string& sour
     return Wrong(source, absl::StrCat("header of ", header_bytes, " bytes, file of ", bytes.size()));
   }
   const std::string_view header = bytes.substr(prefix, header_bytes);
-  const auto type = Field(header, "descr", ',');
+  const auto type = Field(header, "descr", ',');  // with its quotes
   const auto order = Field(header, "fortran_order", ',');
   const auto shape_text = Field(header, "shape", ')');
   if (!type || !order || !shape_text) return Wrong(source, "header without descr, fortran_order and shape");
@@ -80,12 +82,13 @@ absl::StatusOr<Array> ParseArray(std::string_view bytes, const std::string& sour
   if (*type == "'<i8'") array = {0, 0, 'i', 8, {}};
   if (*type == "'<u2'") array = {0, 0, 'u', 2, {}};
   if (array.item_bytes == 0)
-    return Wrong(source, absl::StrCat("expected int32, int64 or uint16, found dtype ", *type));
+    return Wrong(source, absl::StrCat("expected int32, int64 or uint16, found dtype ",
+                                      QuoteForError(absl::StrReplaceAll(*type, {{"'", ""}}))));
   if (*order != "False") return Wrong(source, "expected C order, found fortran_order");
   const auto shape = ParseShape(*shape_text);
   if (!shape || shape->empty() || shape->size() > 2) {
-    return Wrong(source,
-                 absl::StrCat("expected shape (rows, tokens) or (tokens,), found ", *shape_text, ")"));
+    return Wrong(source, absl::StrCat("expected shape (rows, tokens) or (tokens,), found ",
+                                      QuoteForError(*shape_text + ")")));
   }
   array.columns = shape->back();
   array.rows = shape->size() == 2 ? shape->front() : 1;
@@ -97,7 +100,7 @@ absl::StatusOr<Array> ParseArray(std::string_view bytes, const std::string& sour
                         ? items == 0
                         : items % array.columns == 0 && items / array.columns == array.rows;
   if (!whole || !fits) {
-    return Wrong(source, absl::StrCat("shape ", *shape_text, ") of ", array.item_bytes,
+    return Wrong(source, absl::StrCat("shape ", QuoteForError(*shape_text + ")"), " of ", array.item_bytes,
                                       "-byte items does not match ", array.data.size(), " bytes of data"));
   }
   if (items == 0) return Wrong(source, "no tokens");

@@ -72,6 +72,9 @@ TEST(Npy, RefusesSizesThatDoNotMatch) {
     EXPECT_THAT(ErrorOf(File(Dictionary("<i4", shape), two)), HasSubstr("f.npy: ")) << shape;
   }
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(2,)"), two + "x")), HasSubstr("does not match"));
+  // One line, whatever the file says, and no longer than it must be.
+  EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(\n3,)"), two)), HasSubstr("shape '(\\n3,)' of 4-byte"));
+  EXPECT_LT(ErrorOf(File(Dictionary(std::string(40000, 'i'), "(2,)"), two)).size(), 500);
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(0,)"), "")), HasSubstr("no tokens"));
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(5000000000, 0)"), "")), HasSubstr("no tokens"));
   const std::string whole = File(Dictionary("<i4", "(2,)"), two);
