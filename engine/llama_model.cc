@@ -289,7 +289,6 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     backend_->RotateAndStore({query, key, value, batch.positions, inverse_frequency, sequences,
                               kv_cache.pool(), c.heads, c.kv_heads});
     backend_->Attention({query, attended, sequences, kv_cache.pool(), c.heads, c.kv_heads, scale});
-    FitPrincipalKeys(l, kv_cache);
     backend_->MatMul({attended, w.output.view, static_cast<const float*>(w.output_bias.view.data), hidden,
                       rows, /*accumulate=*/true});
 
@@ -298,6 +297,8 @@ void LlamaModel::ComputeLogits(const Batch& batch, const KvCache& kv_cache) {
     RunLinear(batch, kDown, SwiGluArgs{gate, up, gate, rows, c.intermediate_size},
               std::array<Linear, 1>{{{&w.down, &w.down_bias, hidden, /*accumulate=*/true}}});
   }
+
+  FitPrincipalKeys(kv_cache);
 
   const int64_t wanted = static_cast<int64_t>(batch.logit_rows.size());
   if (wanted == 0) return;
@@ -360,14 +361,15 @@ void LlamaModel::RunLinear(const Batch& batch, LinearLayers layers, const Maker&
   exact(done, batch.rows());
 }
 
-// The segments that this step has made whole, in one layer.
-void LlamaModel::FitPrincipalKeys(int layer, const KvCache& kv_cache) {
-  const std::span<const PrincipalFitJob> jobs = compactor_.Jobs(layer);
+// The segments that this step has made whole. No row of the step sees what is written, so the fits of all
+// layers are one op: many independent jobs, which fill a device.
+void LlamaModel::FitPrincipalKeys(const KvCache& kv_cache) {
+  const std::span<const PrincipalFitJob> jobs = compactor_.Jobs();
   if (jobs.empty()) return;
   const absl::Time begin = absl::Now();
-  backend_->FitPrincipalKeys({jobs, compactor_.Reports(layer), kv_cache.pool(), &kv_cache.query_page(),
+  backend_->FitPrincipalKeys({jobs, compactor_.reports(), kv_cache.pool(), &kv_cache.query_page(),
                               activations_->inverse_frequency.as<float>(), config_.heads / config_.kv_heads});
-  fit_time_ += absl::Now() - begin;
+  fit_time_ = absl::Now() - begin;
 }
 
 }  // namespace atp

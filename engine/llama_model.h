@@ -83,7 +83,7 @@ class LlamaModel {
                  std::span<const Linear> linears);
   void BeginStep(const Batch& batch, const KvCache& kv_cache);
   void ComputeLogits(const Batch& batch, const KvCache& kv_cache);
-  void FitPrincipalKeys(int layer, const KvCache& kv_cache);
+  void FitPrincipalKeys(const KvCache& kv_cache);
 
   LlamaConfig config_;
   LlamaWeights weights_;

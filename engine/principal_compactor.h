@@ -1,6 +1,7 @@
-// What a step keeps and compresses, layer by layer: the queries of tokens whose segment will be compressed,
-// and the fits of the segments that the step makes whole. Turns the batch's entries, their plans and block
-// tables into the arguments of StoreQueries and FitPrincipalKeys. Keeps its memory from step to step.
+// What a step keeps and compresses: layer by layer the queries of tokens whose segment will be compressed,
+// and the fits, of all layers together, of the segments that the step makes whole. Turns the batch's entries,
+// their plans and block tables into the arguments of StoreQueries and FitPrincipalKeys. Keeps its memory from
+// step to step.
 #ifndef ATP_ENGINE_PRINCIPAL_COMPACTOR_H_
 #define ATP_ENGINE_PRINCIPAL_COMPACTOR_H_
 
@@ -21,12 +22,13 @@ class PrincipalCompactor {
   // A new step. The batch, its tables and plans outlive the step.
   void Begin(const Batch& batch);
 
-  // What to keep and to fit in one layer; empty: nothing. Valid until the next call of the same method.
+  // What to keep in one layer; empty: nothing. Valid until the next call.
   std::span<const QuerySampleRow> Queries(int layer);
-  std::span<const PrincipalFitJob> Jobs(int layer);
-  // Where that layer's fits report, one for each job.
-  std::span<PrincipalFitReport> Reports(int layer);
-  // Of all layers of the step, once its last layer is computed.
+  // What to fit once all layers have stored their entries and kept their queries; empty: nothing. No fit
+  // reads what another writes. Valid until Begin().
+  std::span<const PrincipalFitJob> Jobs();
+  // Where they report, one for each job.
+  std::span<PrincipalFitReport> reports() { return reports_; }
   std::span<const PrincipalFitReport> reports() const { return reports_; }
 
  private:
@@ -40,14 +42,15 @@ class PrincipalCompactor {
     int segment;
   };
 
+  void AddJob(const Closing& closing, int head);  // head: of all layers'
+
   const int layers_, heads_, kv_heads_;
   std::vector<Sample> samples_;
   std::vector<Closing> closings_;
   std::vector<QuerySampleRow> rows_;
   std::vector<PrincipalFitJob> jobs_;
-  std::vector<int32_t> positions_;           // [closings][heads][samples]: where each reference is asked from
-  std::vector<PrincipalFitReport> reports_;  // of each job, layer by layer
-  std::vector<size_t> first_report_;         // [layers + 1]
+  std::vector<int32_t> positions_;  // [closings][layers][heads][samples]: where each reference is asked from
+  std::vector<PrincipalFitReport> reports_;  // of each job
 };
 
 }  // namespace atp

@@ -18,10 +18,10 @@ namespace {
 
 constexpr int kGatherBlocks = 8;            // per job
 constexpr int kSoftmaxQueries = kWarpSize;  // per block
-// Jobs at once are at most so many, and as many as this has room for: one of 256 tokens at head_dim 128 takes
-// some 3.5 MB.
-constexpr size_t kJobsAtOnce = 64;
-constexpr size_t kScratchBytes = size_t{256} << 20;
+// Jobs at once are at most so many, about one for each multiprocessor, and as many as this has room for: one of
+// 256 tokens at head_dim 128 takes some 3.5 MB.
+constexpr size_t kJobsAtOnce = 128;
+constexpr size_t kScratchBytes = size_t{512} << 20;
 
 // Where entry i of a job is: its block, layout and place there.
 struct EntryPlace {
@@ -426,7 +426,8 @@ size_t JobBytes(int64_t entries, int64_t references, int64_t count, int64_t head
 size_t FitPrincipalKeysBytes(const StepLimits& limits) {
   if (limits.fit_entries == 0) return 0;
   const size_t one = JobBytes(limits.fit_entries, limits.fit_references, limits.fit_count, limits.head_dim);
-  const size_t jobs = std::min(kJobsAtOnce, static_cast<size_t>(limits.sequences * limits.kv_heads));
+  const size_t jobs =
+      std::min(kJobsAtOnce, static_cast<size_t>(limits.layers * limits.sequences * limits.kv_heads));
   return std::max(one, std::min(jobs * one, kScratchBytes));
 }
 
