@@ -33,7 +33,9 @@ class BaselineBackend : public Backend {
 
   std::string Description() const override { return inner_->Description(); }
   bool Supports(const OpDesc& desc) const override { return inner_->Supports(desc); }
+  size_t FreeMemoryBytes() override { return inner_->FreeMemoryBytes(); }
   absl::StatusOr<Buffer> Allocate(size_t bytes) override { return inner_->Allocate(bytes); }
+  absl::Status Reserve(const StepLimits& limits) override { return inner_->Reserve(limits); }
   absl::StatusOr<Weight> LoadWeight(const TensorView& host, DType dtype) override {
     return inner_->LoadWeight(host, dtype);
   }
@@ -43,12 +45,21 @@ class BaselineBackend : public Backend {
   void CopyToHost(void* host, const void* device, size_t bytes) override {
     inner_->CopyToHost(host, device, bytes);
   }
+  void BeginStep(const StepArgs& args) override { inner_->BeginStep(args); }
   void GatherRows(const GatherRowsArgs& args) override { inner_->GatherRows(args); }
   void MatMul(const MatMulArgs& args) override { inner_->MatMul(args); }
   void RmsNorm(const RmsNormArgs& args) override { inner_->RmsNorm(args); }
   void Rope(const RopeArgs& args) override { inner_->Rope(args); }
   void SwiGlu(const SwiGluArgs& args) override { inner_->SwiGlu(args); }
+  void MatMuls(std::span<const MatMulArgs> products) override { inner_->MatMuls(products); }
+  void RmsNormAndMatMuls(const RmsNormArgs& norm, std::span<const MatMulArgs> products) override {
+    inner_->RmsNormAndMatMuls(norm, products);
+  }
+  void SwiGluAndMatMuls(const SwiGluArgs& swiglu, std::span<const MatMulArgs> products) override {
+    inner_->SwiGluAndMatMuls(swiglu, products);
+  }
   void StoreKv(const StoreKvArgs& args) override { inner_->StoreKv(args); }
+  void RotateAndStore(const RotateAndStoreArgs& args) override { inner_->RotateAndStore(args); }
   void Attention(const AttentionArgs& args) override { inner_->Attention(args); }
   void StoreQueries(const StoreQueriesArgs& args) override { inner_->StoreQueries(args); }
   void FitPrincipalKeys(const FitPrincipalKeysArgs& args) override;

@@ -45,6 +45,7 @@ struct Measured {
   int64_t tokens = 0;
   absl::Duration time;
   double cpu_seconds = 0;  // of all threads, in the engine only
+  double ratio = 1;        // cache entries per token
 };
 
 // What the engine says of its steps.
@@ -236,7 +237,9 @@ absl::StatusOr<Measured> BenchEngine(Config config, LoadedModel* loaded, const B
   const bool prefill = flags.mode == "prefill";
   measured =
       ServeAll(engine->get(), vocab_size, flags.batch, flags.context, prefill ? 1 : flags.tokens, /*seed=*/0);
-  if (measured.ok() && prefill) measured->tokens = int64_t{flags.batch} * flags.context;
+  if (!measured.ok()) return measured;
+  if (prefill) measured->tokens = int64_t{flags.batch} * flags.context;
+  measured->ratio = loaded->compression.ratio;
   return measured;
 }
 
@@ -245,7 +248,7 @@ Config Compressed(Config config, const BenchFlags& flags) {
   if (flags.ratio == 0) return config;
   if (flags.ratio == 1 && flags.cap == 0) {
     config.atp.preset = "exact";
-    config.atp.ratio = 0;
+    config.atp.ratio = config.atp.bits = 0;
   } else {
     config.atp.ratio = flags.ratio;
   }
@@ -282,6 +285,9 @@ absl::StatusOr<Measured> Run(const BenchFlags& flags, const Config& config, size
 }
 
 int Bench(const BenchFlags& flags) {
+  if (!std::isfinite(flags.ratio)) {
+    return BadArguments(absl::InvalidArgumentError(absl::StrCat("--ratio ", flags.ratio, ": not a number")));
+  }
   if (flags.cap > 0 && flags.ratio == 0)
     return BadArguments(absl::InvalidArgumentError("--cap: give --ratio too (1: the cap alone)"));
   if (flags.ratio > 0 && flags.mode == "decode") {
@@ -298,7 +304,7 @@ int Bench(const BenchFlags& flags) {
   const double seconds = absl::ToDoubleSeconds(measured->time);
   const double rate = static_cast<double>(measured->tokens) / seconds;
   nlohmann::ordered_json row = {{"bench", flags.mode},        {"batch", flags.batch},
-                                {"context", flags.context},   {"ratio", flags.ratio > 0 ? flags.ratio : 1},
+                                {"context", flags.context},   {"ratio", measured->ratio},
                                 {"tokens", measured->tokens}, {"seconds", seconds},
                                 {"tokens_per_second", rate},  {"kv_bytes", kv_bytes}};
   if (flags.engine()) {
@@ -320,7 +326,7 @@ int Bench(const BenchFlags& flags) {
                 flags.mode.c_str(), flags.batch, flags.context, static_cast<long long>(measured->tokens),
                 seconds, rate, kv_bytes);
   }
-  return 0;
+  return Printed();
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <utility>
@@ -84,10 +85,6 @@ absl::StatusOr<std::vector<double>> MeasureKl(const Calibration& c, const std::v
       Evaluate(c.loaded.model.get(), c.loaded.backend.get(), c.cache, c.sequences, c.from, cases,
                /*recall_tokens=*/2, progress);
   if (!scores.ok()) return scores.status();
-  if (scores->front().tokens == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("nothing to measure: no sequence has a token after position ", c.from));
-  }
   std::vector<double> kl;
   for (size_t i = 1; i < scores->size(); ++i) kl.push_back(std::max(0.0, (*scores)[i].Kl()));
   return kl;
@@ -107,7 +104,8 @@ absl::Status MeasureSensitivities(const Calibration& c, bool curves, Compression
     ways.push_back({1.0 / 2, 16, &budgets->sensitivity_half});
     ways.push_back({1.0 / 4, 16, &budgets->sensitivity_quarter});
     ways.push_back({1.0 / 8, 16, &budgets->sensitivity_eighth});
-    ways.push_back({0, 16, &budgets->sensitivity_none});
+    // The only head there is cannot go without.
+    if (heads > 1) ways.push_back({0, 16, &budgets->sensitivity_none});
     ways.push_back({1, 4, &budgets->sensitivity_4_bits});
   }
   std::vector<HeadBudgets> runs;
@@ -142,7 +140,9 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
   absl::StatusOr<TokenSequences> sequences = LoadSequences(flags.data, c.loaded, *context);
   if (!sequences.ok()) return sequences.status();
   c.sequences = *std::move(sequences);
-  if (text) RepeatSpans(*context / 2, /*every=*/2, &c.sequences);
+  if (text) {
+    if (absl::Status s = RepeatSpans(/*every=*/2, &c.sequences); !s.ok()) return s;
+  }
 
   c.settings.segment_tokens = flags.segment > 0 ? flags.segment : config.atp.segment_tokens;
   c.settings.window_tokens = flags.window >= 0 ? flags.window : config.atp.window_tokens;
@@ -158,6 +158,11 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
   absl::StatusOr<EvaluationCase> any =
       Case(c, {std::vector<double>(static_cast<size_t>(c.cache.heads_total()), kSensitivityRatio), {}});
   if (!any.ok()) return any.status();
+  if (any->plan == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("segments of ", c.settings.segment_tokens, " tokens of which ", c.settings.sink_tokens,
+                     " are kept (atp.sink_tokens) are never compressed; give longer ones"));
+  }
   const int untouched = any->plan->UntouchedTokens();
   size_t longest = 0;
   for (const auto& ids : c.sequences) longest = std::max(longest, ids.size());
@@ -169,6 +174,10 @@ absl::StatusOr<Calibration> Prepare(const CalibrateFlags& flags, const Config& c
                      ", or smaller --segment and --window"));
   }
   c.from = flags.from >= 0 ? flags.from : untouched;
+  if (longest <= static_cast<size_t>(c.from) + 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("nothing to measure: no sequence has a token after position ", c.from));
+  }
   return c;
 }
 
@@ -202,12 +211,31 @@ void Print(const CompressionBudgets& budgets) {
   }
 }
 
+absl::Status CheckAhead(const CalibrateFlags& flags, const Calibration& c, CompressionBudgets budgets,
+                        const std::string& path) {
+  for (std::vector<double>* kl :
+       {&budgets.sensitivity, &budgets.sensitivity_half, &budgets.sensitivity_quarter,
+        &budgets.sensitivity_eighth, &budgets.sensitivity_4_bits})
+    kl->assign(static_cast<size_t>(c.cache.heads_total()), 1.0);
+  if (flags.share > 0 && c.cache.heads_total() > 1) budgets.sensitivity_none = budgets.sensitivity;
+  if (absl::Status s = SetBudgets(flags, c, &budgets); !s.ok()) return s;
+  const std::filesystem::path directory = std::filesystem::absolute(path).parent_path();
+  if (access(directory.c_str(), W_OK) != 0) {
+    return absl::PermissionDeniedError(absl::StrCat(path, ": ", directory.string(),
+                                                    " is no directory that can be written; give --out FILE"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Run(const CalibrateFlags& flags, const Config& config) {
   absl::StatusOr<Calibration> c = Prepare(flags, config);
   if (!c.ok()) return c.status();
   CompressionBudgets budgets;
   budgets.layers = c->cache.layers;
   budgets.kv_heads = c->cache.kv_heads;
+  const std::string path = flags.out.empty() ? BudgetsFileOf(config.model.path) : flags.out;
+  // What would be refused in the end is refused before minutes of work.
+  if (absl::Status s = CheckAhead(flags, *c, budgets, path); !s.ok()) return s;
   if (absl::Status s = MeasureSensitivities(*c, flags.share > 0, &budgets); !s.ok()) return s;
   if (absl::Status s = SetBudgets(flags, *c, &budgets); !s.ok()) return s;
   // What that is worth, on the same sequences.
@@ -217,17 +245,14 @@ absl::Status Run(const CalibrateFlags& flags, const Config& config) {
   if (!chosen.ok()) return chosen.status();
   absl::StatusOr<std::vector<double>> kl = MeasureKl(*c, {uniform, shared}, {});
   if (!kl.ok()) return kl.status();
-  const std::string path = flags.out.empty() ? BudgetsFileOf(config.model.path) : flags.out;
-  if (absl::Status s = SaveCompressionBudgets(budgets, path); !s.ok()) return s;
-
   Print(budgets);
   std::printf("mean ratio %.4g", budgets.MeanRatio());
   if (chosen->plan != nullptr)
     std::printf(", %.4g of the bytes of bf16", ShareOfBf16(*chosen->plan, c->plans));
-  std::printf(
-      "; KL(exact || compressed) on this data: entries shared evenly %.3g, with these budgets %.3g\nwrote "
-      "%s\n",
-      (*kl)[0], (*kl)[1], path.c_str());
+  std::printf("; KL(exact || compressed) on this data: entries shared evenly %.3g, with these budgets %.3g\n",
+              (*kl)[0], (*kl)[1]);
+  if (absl::Status s = SaveCompressionBudgets(budgets, path); !s.ok()) return s;
+  std::printf("wrote %s\n", path.c_str());
   return absl::OkStatus();
 }
 
@@ -245,7 +270,7 @@ int Calibrate(const CalibrateFlags& flags) {
   if (!config.ok()) return BadArguments(config.status());
   SetUpQuietLogging(config->log.level);
   if (absl::Status s = Run(flags, *config); !s.ok()) return Failure(s);
-  return 0;
+  return Printed();
 }
 
 }  // namespace
@@ -285,7 +310,8 @@ void AddCalibrate(CLI::App* app, int* exit_code) {
       ->add_option("--out", flags->out,
                    "file to write (default: atp_budgets.json in the model's directory, "
                    "FILE.gguf.atp_budgets.json beside a GGUF file)")
-      ->option_text("FILE");
+      ->option_text("FILE")
+      ->check(NotEmpty);
   calibrate->footer(
       "Heads that look something up keep their keys, the others share what is left. With --text, every "
       "second sequence\n"

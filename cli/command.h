@@ -4,6 +4,7 @@
 #define ATP_CLI_COMMAND_H_
 
 #include <functional>
+#include <string>
 
 #include "absl/status/status.h"
 
@@ -23,6 +24,11 @@ void AddQuantize(CLI::App* app, int* exit_code);
 // "atp: " and the message on stderr.
 int Failure(const absl::Status& status);       // 1
 int BadArguments(const absl::Status& status);  // 2
+// Of a command whose result is what it printed: 0, or 1 where stdout could not take it.
+int Printed();
+
+// A check of a flag whose value is a file's name: an unset variable of a script is no name.
+std::string NotEmpty(const std::string& value);
 
 }  // namespace atp
 

@@ -48,7 +48,7 @@ absl::Status ShareAmongHeads(const AtpConfig& config, double share, const Compre
     }
     // Segments too short for so few bytes: as near as whole pages come.
   }
-  if (by_preset && !budgets.bits.empty() && !budgets.has_curves()) {
+  if (by_preset && !budgets.bits.empty() && budgets.sensitivity.empty()) {
     settings.head_ratio = budgets.ratio;
     settings.head_bits = budgets.bits;
     settings.ratio = choice->ratio = budgets.MeanRatio();
@@ -79,9 +79,9 @@ absl::StatusOr<CompressionChoice> ChooseCompression(const AtpConfig& config, con
   // Never by itself without budgets: uniform compression loses recall, and nobody is told.
   if (config.preset == "auto") choice.preset = choice.budgets_file.empty() ? "exact" : "balanced";
   PresetBudget budget = BudgetOf(choice.preset);
-  if (config.ratio > 0) {
+  if (config.ratio > 0 || (config.bits > 0 && choice.preset == "exact")) {
     choice.preset = "ratio";
-    budget = {config.ratio, 16, 1};
+    budget = {config.ratio > 0 ? config.ratio : 1, 16, 1};
   }
   if (config.bits > 0) budget.bits = config.bits;
   choice.ratio = budget.ratio;
@@ -122,7 +122,9 @@ CompressionPlans::SettingsOf OverrideSettings(const Config& config, const LlamaC
   const int block_tokens = config.kv_cache.block_tokens;
   // Those of an exact server have no room for the log masses of as many entries of 16 bits.
   const size_t block_bytes =
-      own.exact() ? KvPage(format, block_tokens, model.head_dim, /*with_log_mass=*/false).bytes() : 0;
+      Compresses(own.settings)
+          ? CompressedBlockBytes(own.settings, format, block_tokens, model.head_dim)
+          : KvPage(format, block_tokens, model.head_dim, /*with_log_mass=*/false).bytes();
   return [atp = config.atp, model_dir = config.model.path, model, block_tokens, format, block_bytes, own_bits,
           linear_layers = own.settings.linear_layers](
              const CompressionOverride& wanted) -> absl::StatusOr<CompressionSettings> {

@@ -29,6 +29,8 @@ namespace {
 using nlohmann::ordered_json;
 
 constexpr int kDefaultContext = 512;
+constexpr int kMostTokens = 1 << 24;
+constexpr int kMostSegmentTokens = 1 << 16;
 
 struct EvalFlags {
   explicit EvalFlags(CLI::App* app) : settings(app) {}
@@ -179,7 +181,9 @@ absl::StatusOr<std::vector<EvalRow>> EvaluateRows(const EvalFlags& flags, const 
   if (!context.ok()) return context.status();
   absl::StatusOr<TokenSequences> sequences = LoadSequences(flags.data, *loaded, *context);
   if (!sequences.ok()) return sequences.status();
-  if (flags.repeat_spans) RepeatSpans(*context / 2, /*every=*/1, &*sequences);
+  if (flags.repeat_spans) {
+    if (absl::Status s = RepeatSpans(/*every=*/1, &*sequences); !s.ok()) return s;
+  }
   absl::StatusOr<std::vector<EvalRow>> rows = MakeRows(flags, config, *loaded, *context);
   if (!rows.ok()) return rows.status();
 
@@ -235,12 +239,17 @@ absl::Status Check(const EvalFlags& flags, const Config& config) {
     return absl::InvalidArgumentError(absl::StrCat("--bits ", bits, ": expected 16, 8 or 4"));
   }
   for (const int cap : flags.caps) {
-    if (cap >= 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("--cap ", cap, ": expected at least 0 (no cap)"));
+    if (cap >= 0 && cap <= kMostTokens) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--cap ", cap, ": expected 0 (no cap) to ", kMostTokens));
+  }
+  for (const int window : flags.windows) {
+    if (window >= 0 && window <= kMostTokens) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--window ", window, ": expected 0 to ", kMostTokens));
   }
   for (const int segment : flags.segments) {
-    if (segment > 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("--segment ", segment, ": expected at least one token"));
+    if (segment > 0 && segment <= kMostSegmentTokens) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--segment ", segment, ": expected 1 to ", kMostSegmentTokens));
   }
   for (const std::string& name : flags.baselines) {
     if (!BaselineFromName(name)) {
@@ -290,7 +299,7 @@ int Eval(const EvalFlags& flags) {
   } else {
     PrintEvalTable(table);
   }
-  return 0;
+  return Printed();
 }
 
 void AddListFlags(CLI::App* eval, EvalFlags* flags) {
@@ -319,7 +328,8 @@ void AddListFlags(CLI::App* eval, EvalFlags* flags) {
       ->check(CLI::Range(1e-6, 1.0));
   eval->add_option("--budgets", flags->budgets_file,
                    "ratios and bits per kv head, as atp calibrate writes them (default: uniform)")
-      ->option_text("FILE");
+      ->option_text("FILE")
+      ->check(NotEmpty);
   eval->add_option(
           "--recall-tokens", flags->recall_tokens,
           "a prediction counts as recall where so many tokens came before in the same order, followed by "

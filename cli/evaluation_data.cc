@@ -1,6 +1,7 @@
 #include "cli/evaluation_data.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <string_view>
@@ -60,8 +61,11 @@ absl::StatusOr<std::string> ReadText(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   std::ostringstream text;
-  text << file.rdbuf();
-  if (file.bad()) return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
+  text << file.rdbuf();  // fails where nothing comes, too
+  std::error_code none;
+  if (text.fail() &&
+      (std::filesystem::is_directory(path, none) || std::filesystem::file_size(path, none) > 0))
+    return absl::InvalidArgumentError(absl::StrCat(path, ": cannot be read"));
   return text.str();
 }
 
@@ -93,6 +97,8 @@ absl::Status CheckDataFlags(const DataFlags& flags, const std::string& command) 
 absl::StatusOr<int> ContextTokens(const DataFlags& flags, const LoadedModel& loaded) {
   const int context =
       flags.context > 0 ? flags.context : std::min(flags.default_context, loaded.max_context_tokens);
+  if (context < 2)
+    return absl::InvalidArgumentError("the model has a position for one token: it predicts nothing");
   if (context <= loaded.max_context_tokens) return context;
   return absl::InvalidArgumentError(absl::StrCat("--context ", context, ": the model has positions for ",
                                                  loaded.max_context_tokens, " tokens"));
@@ -116,11 +122,14 @@ absl::StatusOr<TokenSequences> LoadSequences(const DataFlags& flags, const Loade
   return sequences;
 }
 
-void RepeatSpans(int fresh, size_t every, TokenSequences* sequences) {
-  for (size_t s = every - 1; s < sequences->size(); s += every) {
+absl::Status RepeatSpans(size_t every, TokenSequences* sequences) {
+  bool repeated = false;
+  const auto repeat = [&](size_t s) {
     std::vector<TokenId>& ids = (*sequences)[s];
     const size_t length = ids.size();
-    if (fresh < 2 * kShortestSpan || length <= static_cast<size_t>(fresh)) continue;
+    const int fresh = static_cast<int>(length / 2);
+    if (fresh < 2 * kShortestSpan) return;
+    repeated = true;
     ids.resize(static_cast<size_t>(fresh));
     uint64_t draws = 0;
     const auto draw = [&](int bound) { return static_cast<int>(UniformAt(s, draws++) * bound); };
@@ -130,7 +139,12 @@ void RepeatSpans(int fresh, size_t every, TokenSequences* sequences) {
       const int from = draw(fresh - span + 1);
       for (int i = 0; i < span && ids.size() < length; ++i) ids.push_back(ids[static_cast<size_t>(from + i)]);
     }
-  }
+  };
+  for (size_t s = every - 1; s < sequences->size(); s += every) repeat(s);
+  for (size_t s = 0; s < sequences->size() && !repeated; ++s) repeat(s);
+  if (repeated) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("spans cannot be repeated: bring sequences of at least ", 4 * kShortestSpan, " tokens"));
 }
 
 }  // namespace atp

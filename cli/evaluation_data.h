@@ -33,15 +33,17 @@ void AddDataFlags(CLI::App* app, DataFlags* flags, int64_t default_limit, int de
 // One of text and ids must be given. `command` is for the message.
 absl::Status CheckDataFlags(const DataFlags& flags, const std::string& command);
 
-// flags.context, or its default; InvalidArgument where the model has fewer positions.
+// flags.context, or its default; InvalidArgument where the model has fewer positions, or too few to predict
+// anything.
 absl::StatusOr<int> ContextTokens(const DataFlags& flags, const LoadedModel& loaded);
 // Errors name the file.
 absl::StatusOr<TokenSequences> LoadSequences(const DataFlags& flags, const LoadedModel& loaded, int context);
 
-// Every `every`th sequence keeps its first `fresh` tokens, and repeats spans of them (8 to 64 tokens, from
-// anywhere, at all distances) in place of the rest, so that predicting it needs recall. Deterministic. A
-// sequence of no more than `fresh` tokens stays as it is.
-void RepeatSpans(int fresh, size_t every, TokenSequences* sequences);
+// Every `every`th sequence, or the first one that can where none of those can, keeps its first half, and
+// repeats spans of it (8 to 64 tokens, from anywhere, at all distances) in place of the rest, so that
+// predicting it needs recall. Deterministic. Sequences of less than 32 tokens stay as they are;
+// InvalidArgument where those are all.
+absl::Status RepeatSpans(size_t every, TokenSequences* sequences);
 
 }  // namespace atp
 

@@ -71,7 +71,7 @@ class Run {
     for (const auto& ids : sequences) distances_.push_back(RecallDistances(ids, recall_tokens));
   }
 
-  // `references`: one per sequence; written where `exact`, else read.
+  // `references`: one per sequence; written where `exact`, else read. Null: there is nothing to compare.
   absl::StatusOr<std::vector<Score>> operator()(const std::shared_ptr<const CompressionPlan>& plan,
                                                 bool exact, std::vector<Reference>* references) {
     if (plan != nullptr && plan->linear_rank() > 0) {
@@ -156,7 +156,6 @@ class Run {
   void JudgeEntry(const Batch& batch, const BatchEntry& entry, std::span<const float> logits) {
     const size_t index = entry.sequence->id();
     const std::vector<TokenId>& ids = sequences_[index];
-    Reference& reference = (*references_)[index];
     for (int i = 0; i < entry.logits; ++i) {
       const auto row = static_cast<size_t>(entry.first_logit + i);
       const int position = batch.positions[static_cast<size_t>(batch.logit_rows[row])];
@@ -165,11 +164,12 @@ class Run {
       const auto judged = static_cast<size_t>(position - first_);
       const int distance = distances_[index][static_cast<size_t>(position)];
       if (exact_) {
-        Keep(values, judged, &reference);
+        if (references_ != nullptr) Keep(values, judged, &(*references_)[index]);
         Judge(values, {}, ids[static_cast<size_t>(position) + 1], distance, &scores_[index]);
       } else {
-        Judge(values, std::span<const float>(reference).subspan(judged * vocab_, vocab_),
-              ids[static_cast<size_t>(position) + 1], distance, &scores_[index]);
+        const std::span<const float> reference = (*references_)[index];
+        Judge(values, reference.subspan(judged * vocab_, vocab_), ids[static_cast<size_t>(position) + 1],
+              distance, &scores_[index]);
       }
     }
   }
@@ -262,7 +262,12 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
   size_t longest = 2;
   for (const auto& ids : sequences) longest = std::max(longest, ids.size());
   const int tokens = static_cast<int>(longest);
-  const int parallel = ParallelSequences(sequences.size(), tokens);
+  const int64_t reference_bytes =
+      std::max<int64_t>(1, tokens - first) * model->config().vocab_size * static_cast<int64_t>(sizeof(float));
+  // Without cases there is nothing to compare with.
+  const int64_t most = cases.empty() ? std::ssize(sequences) : kReferenceBytes / reference_bytes;
+  const auto group = static_cast<size_t>(std::max<int64_t>(1, most));
+  const int parallel = ParallelSequences(std::min(sequences.size(), group), tokens);
   const KvPage page(shape.format, shape.block_tokens, shape.head_dim, shape.compressible);
   absl::StatusOr<KvCache> kv_cache =
       KvCache::Create(backend, shape,
@@ -270,9 +275,6 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
                           std::max(page.bytes(), shape.block_bytes));
   if (!kv_cache.ok()) return kv_cache.status();
 
-  const int64_t reference_bytes =
-      std::max<int64_t>(1, tokens - first) * model->config().vocab_size * static_cast<int64_t>(sizeof(float));
-  const auto group = static_cast<size_t>(std::max<int64_t>(parallel, kReferenceBytes / reference_bytes));
   const int runs = static_cast<int>((sequences.size() + group - 1) / group * (cases.size() + 1));
   int done = 0;
   std::vector<Score> totals(cases.size() + 1);
@@ -286,9 +288,13 @@ absl::StatusOr<std::vector<Score>> Evaluate(LlamaModel* model, Backend* backend,
           exact || cases[c - 1].block_bytes == 0 ? kv_cache->pool().exact->bytes() : cases[c - 1].block_bytes;
       Run run(model, *kv_cache, parallel, tokens, part, first, recall_tokens, block_bytes);
       absl::StatusOr<std::vector<Score>> scores =
-          run(exact ? nullptr : cases[c - 1].plan, exact, &references);
+          run(exact ? nullptr : cases[c - 1].plan, exact, cases.empty() ? nullptr : &references);
       if (!scores.ok()) return scores.status();
       for (const Score& score : *scores) totals[c].Add(score);
+      if (!std::isfinite(totals[c].cross_entropy_sum + totals[c].kl_sum)) {
+        return absl::InvalidArgumentError(
+            "the model's logits are not finite: its weights have infinities or NaN, or overflow");
+      }
       if (progress) progress(++done, runs);
     }
   }

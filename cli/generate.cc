@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "cli/command.h"
 #include "cli/logging.h"
@@ -138,7 +139,12 @@ void AddSamplingFlags(CLI::App* app, GenerateFlags* flags) {
                   "above 1: repeat less, in (0, 100] (default: the model's, or 1)")
       ->option_text("R")
       ->check(CLI::Range(0.0001f, 100.0f));
-  app->add_option("--seed", flags->seed, "same seed, same answer (default: drawn)")->option_text("N");
+  app->add_option("--seed", flags->seed, "same seed, same answer (default: drawn)")
+      ->option_text("N")
+      ->check([](const std::string& text) {
+        uint64_t seed;  // CLI11 would take -1 for the largest number
+        return absl::SimpleAtoi(text, &seed) ? "" : "expected a whole number from 0 to 18446744073709551615";
+      });
   app->add_option("--stop", flags->stop, "text that ends the answer; repeatable (default: none)")
       ->option_text("TEXT")
       ->expected(1)

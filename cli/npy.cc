@@ -5,8 +5,11 @@
 #include <optional>
 #include <sstream>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
+#include "absl/strings/str_split.h"
 #include "engine/safetensors_header.h"
 
 namespace atp {
@@ -41,14 +44,14 @@ std::optional<std::string> Field(std::string_view header, std::string_view name,
 // "(12, 256" or "(512," as dimensions.
 std::optional<std::vector<uint64_t>> ParseShape(std::string_view text) {
   if (text.empty() || text[0] != '(') return std::nullopt;
-  std::vector<uint64_t> shape;
-  std::istringstream stream{std::string(text.substr(1))};
-  for (uint64_t size = 0; stream >> size;) {
-    shape.push_back(size);
-    char comma = 0;
-    if (stream >> comma && comma != ',') return std::nullopt;
+  std::vector<absl::string_view> sizes =
+      absl::StrSplit(absl::string_view(text.data() + 1, text.size() - 1), ',');
+  if (absl::StripAsciiWhitespace(sizes.back()).empty()) sizes.pop_back();  // of one dimension: (512,)
+  std::vector<uint64_t> shape(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (!absl::SimpleAtoi(sizes[i], &shape[i])) return std::nullopt;
   }
-  return stream.eof() ? std::make_optional(shape) : std::nullopt;
+  return shape;
 }
 
 struct Array {

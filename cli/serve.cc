@@ -136,6 +136,7 @@ absl::Status Server::Start() {
   absl::StatusOr<std::unique_ptr<GrpcServer>> grpc = GrpcServer::Start(config_, &*service_, &metrics_);
   if (!grpc.ok()) return grpc.status();
   grpc_ = *std::move(grpc);
+  signals_->Serving();  // from here on there may be requests to finish
   rest_->SetService(&*service_);
   service_->SetReady(true);
   grpc_->SetServing(true);
@@ -194,7 +195,6 @@ int Serve(const SettingsFlags& settings) {
   StopSignals signals;
   Server server(*config, &signals);
   if (absl::Status s = server.Start(); !s.ok()) return Failure(s);
-  signals.Serving();
   server.Announce();
   server.Stop(signals.Wait());
   return server.device_lost() ? 1 : 0;

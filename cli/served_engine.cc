@@ -213,13 +213,14 @@ void LogCompression(const std::string& model_dir, const LoadedModel& loaded, con
       choice.budgets_file.empty() ? "uniform" : choice.budgets_file, settings.segment_tokens,
       settings.window_tokens, settings.max_principal_keys, engine.kv_cache().token_capacity(),
       CompressedTokens(engine, choice.peak_blocks, loaded.max_context_tokens), loaded.max_context_tokens);
-  if (choice.budgets_file.empty()) {
+  const double share =
+      choice.preset == "ratio" ? choice.ratio * settings.bits / 16 : BudgetOf(choice.preset).share;
+  if (choice.budgets_file.empty() && share < 1) {
     spdlog::warn(
         "all kv heads are compressed alike, which loses recall on many models: run atp calibrate --model {} "
         "--text "
         "FILE --bytes {:g}",
-        model_dir,
-        choice.preset == "ratio" ? choice.ratio * settings.bits / 16 : BudgetOf(choice.preset).share);
+        model_dir, share);
   }
 }
 

@@ -6,6 +6,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "cli/command.h"
 #include "config/config_loader.h"
 #include "kernels/backend_factory.h"
 
@@ -41,7 +42,8 @@ absl::Status CheckIsa(const std::string& isa) {
 
 SettingsFlags::SettingsFlags(CLI::App* app) : app_(app) {
   app->add_option("--config", config_file_, "YAML file with settings, as config/cpu.yaml (default: none)")
-      ->option_text("FILE");
+      ->option_text("FILE")
+      ->check(NotEmpty);
   // One value per --set, so that it never swallows what follows it.
   app->add_option("--set", assignments_,
                   "any setting, as --set server.max_connections=64; repeatable (docs/configuration.md)")

@@ -55,6 +55,10 @@ void CheckAtp(const Config& config, std::string* problems) {
     absl::StrAppend(problems, "atp.ratio: ", atp.ratio,
                     " contradicts atp.preset: exact; leave one of them out\n");
   }
+  if (atp.bits == 8 || atp.bits == 4) {
+    absl::StrAppend(problems, "atp.bits: ", atp.bits,
+                    " contradicts atp.preset: exact; leave one of them out\n");
+  }
   if (atp.max_principal_keys > 0) {
     absl::StrAppend(problems, "atp.max_principal_keys: ", atp.max_principal_keys,
                     " contradicts atp.preset: exact; leave one of them out\n");

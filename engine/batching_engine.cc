@@ -184,12 +184,13 @@ int BatchingEngine::MaxNewTokens(int prompt_tokens, const std::optional<Compress
 
 EngineStats BatchingEngine::Stats() const {
   EngineStats stats;
-  stats.requests_waiting = queue_.waiting();
-  stats.requests_running = std::max(0, queue_.active() - stats.requests_waiting);
   stats.kv_blocks_total = kv_cache_.num_blocks();
   stats.kv_block_bytes = kv_cache_.block_bytes();
   stats.kv_tokens_capacity = kv_cache_.token_capacity();
+  const int active = queue_.active();
   const std::lock_guard<std::mutex> lock(stats_mutex_);
+  stats.requests_running = std::min(stats_.running_requests, active);  // some may have ended since
+  stats.requests_waiting = active - stats.requests_running;
   stats.kv_blocks_used = stats_.blocks_used;
   stats.kv_blocks_cached = stats_.blocks_cached;
   stats.preemptions_total = stats_.preemptions;

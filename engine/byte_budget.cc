@@ -57,9 +57,11 @@ class Curve {
   std::optional<double> none_;
 };
 
-// All ways to keep a head's entries in whole pages of blocks of shape.block_bytes.
-std::vector<Option> Options(const CompressionBudgets& budgets, size_t head, int segment_tokens,
-                            const CompressionShape& shape) {
+// All ways to keep a head's entries, no fewer than a plan keeps of sinks, in whole pages of blocks of
+// shape.block_bytes.
+std::vector<Option> Options(const CompressionBudgets& budgets, size_t head,
+                            const CompressionSettings& settings, const CompressionShape& shape) {
+  const int segment_tokens = settings.segment_tokens;
   const Curve curve(budgets, head);
   std::vector<Option> options;
   if (curve.none()) options.push_back({0, kSinkBits, 0, *curve.none() + budgets.sensitivity_4_bits[head]});
@@ -72,6 +74,7 @@ std::vector<Option> Options(const CompressionBudgets& budgets, size_t head, int 
       if (!page) continue;
       for (int pages = 1, entries = 0; entries < segment_tokens; ++pages) {
         entries = std::min(pages * page->entries(), segment_tokens);
+        if (entries < settings.sink_tokens) continue;
         const double kl = curve(static_cast<double>(entries) / segment_tokens) + rounding;
         options.push_back({entries, bits, pages * parts, kl});
       }
@@ -178,7 +181,7 @@ absl::StatusOr<HeadBudgets> SpendBytes(const CompressionBudgets& budgets, double
   }
   std::vector<std::vector<Option>> options;
   for (size_t head = 0; head < budgets.ratio.size(); ++head)
-    options.push_back(Options(budgets, head, settings.segment_tokens, sized));
+    options.push_back(Options(budgets, head, settings, sized));
   const auto has_entries = [](const Option& option) { return option.entries > 0; };
   if (std::none_of(options.front().begin(), options.front().end(), has_entries)) {
     return absl::InvalidArgumentError(absl::StrCat("KV blocks of ", sized.block_bytes,

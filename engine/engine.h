@@ -20,7 +20,7 @@ namespace atp {
 // A snapshot, taken without stopping the engine.
 struct EngineStats {
   int requests_running = 0;
-  int requests_waiting = 0;
+  int requests_waiting = 0;  // not begun, or preempted
   int64_t kv_blocks_total = 0;
   int64_t kv_blocks_used = 0;    // held by live sequences
   int64_t kv_blocks_cached = 0;  // held by the prefix cache alone, free on demand

@@ -457,7 +457,11 @@ SchedulerStats Scheduler::stats() const {
   stats.prefix_hits_tokens = prefix_hits_tokens_;
   stats.segments_closed = segments_closed_;
   stats.tokens_closed = tokens_closed_;
-  for (const auto& s : running_) {
+  for (auto it = running_.begin(); it != running_.end(); ++it) {
+    const auto& s = *it;
+    // Of several answers to a request the first one counts.
+    const auto same = [&](const auto& other) { return &other->request() == &s->request(); };
+    if (s->request().sampling.n == 1 || std::none_of(running_.begin(), it, same)) ++stats.running_requests;
     const int64_t exact = static_cast<int64_t>(s->groups_.size()) * group_blocks();
     const int64_t queries = static_cast<int64_t>(s->queries_.ids().size());
     const int64_t principal = s->fitted_segments_ > 0 ? s->held_blocks() - exact - queries : 0;

@@ -40,6 +40,7 @@ struct SchedulerOptions {
 
 struct SchedulerStats {
   int running = 0;  // sequences
+  int running_requests = 0;
   int waiting = 0;  // sequences, preempted ones included
   int64_t blocks_total = 0;
   int64_t blocks_used = 0;    // held by sequences

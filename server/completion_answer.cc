@@ -103,7 +103,7 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
                                                    " prompts are more than the ", most,
                                                    " that may wait (scheduler.max_waiting_requests)"));
   }
-  int64_t scored = 0;
+  int64_t scored = 0, kept = 0;
   for (size_t i = 0; i < call.prompts.size(); ++i) {
     GenerateInput input;
     input.model = call.model;
@@ -112,6 +112,7 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
     input.max_tokens_given = call.max_tokens_given;
     input.add_generation_prompt = call.add_generation_prompt;
     input.echo = call.echo;
+    input.whole = !call.stream;
     input.compression = call.compression;
     input.priority = call.priority;
     input.deadline = deadline;
@@ -121,7 +122,8 @@ absl::Status CompletionAnswer::Submit(CompletionCall call, const std::string& re
     if (!submitted.ok()) return submitted.status();
     ids_.push_back(submitted->id);
     scored += submitted->scored;
-    if (absl::Status s = GenerateService::CheckScored(scored); !s.ok()) return s;
+    kept += submitted->kept;
+    if (absl::Status s = GenerateService::CheckScored(scored, kept); !s.ok()) return s;
   }
   return absl::OkStatus();
 }
@@ -200,6 +202,8 @@ AnswerPiece CompletionAnswer::Failure(const absl::Status& failure, std::string u
     piece.response.status = status;
     piece.response.body = error;
     if (status == 503) piece.response.headers.emplace_back("Retry-After", RetryAfterSeconds(*service_));
+    // OpenAI's clients would have all of it computed again.
+    if (status == 504) piece.response.headers.emplace_back("x-should-retry", "false");
   }
   Abandon();
   return piece;

@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <limits>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "engine/compression_plans.h"
@@ -46,9 +48,19 @@ absl::Status CheckLimits(const SamplingParams& sampling, const LimitsConfig& lim
   return absl::OkStatus();
 }
 
-// Candidates that a scored prompt may bring: all of it stays in memory until the answer is whole, some 100
-// bytes each.
-constexpr int64_t kMaxScored = 1 << 20;
+// Log probabilities of prompts that may be asked for in one call, and with those of answers that are kept
+// until they are whole, which most often end before: some 100 bytes each.
+constexpr int64_t kMaxScored = 1 << 20, kMaxKept = 1 << 22;
+
+// Normalizers (NFKC and the like) may make a text so many times shorter.
+constexpr size_t kMostShrinking = 4;
+constexpr size_t kLongText = 64 << 10;  // bytes
+
+// White space, which some tokenizers fold, does not count.
+size_t BytesOf(std::string_view text) {
+  return static_cast<size_t>(std::count_if(
+      text.begin(), text.end(), [](char c) { return !absl::ascii_isspace(static_cast<unsigned char>(c)); }));
+}
 
 // The form that generate_service.h promises: the field and a colon first, whoever found the fault.
 absl::Status WithField(const absl::Status& status, std::string_view field) {
@@ -93,13 +105,19 @@ GenerateService::GenerateService(Engine* engine, const Tokenizer* tokenizer, Cha
       tokenizer_(tokenizer),
       chat_template_(std::move(chat_template)),
       model_(std::move(model)),
-      config_(config) {}
+      config_(config) {
+  for (TokenId id = 0; id < tokenizer->vocab_size(); ++id)
+    longest_token_ = std::max(longest_token_, BytesOf(tokenizer->TokenBytes(id, /*keep_special=*/true)));
+}
 
-absl::Status GenerateService::CheckScored(int64_t scored) {
-  if (scored <= kMaxScored) return absl::OkStatus();
+absl::Status GenerateService::CheckScored(int64_t scored, int64_t kept) {
+  if (scored <= kMaxScored && kept <= kMaxKept) return absl::OkStatus();
+  const bool prompts = scored > kMaxScored;
   return absl::InvalidArgumentError(absl::StrCat(
-      "logprobs: of all prompts' tokens, with echo, times n, times one more than logprobs, are ", scored,
-      " candidates; at most ", kMaxScored, " are scored in one call: send fewer prompts at once"));
+      "logprobs: ", prompts ? "of all prompts' tokens, with echo," : "of an answer that is not streamed,",
+      " times n, times one more than logprobs, are ", prompts ? scored : kept, " candidates; at most ",
+      prompts ? kMaxScored : kMaxKept, " are kept for one call: ",
+      prompts ? "send fewer prompts at once" : "stream, or ask for fewer tokens"));
 }
 
 absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::shared_ptr<OutputSink> sink) {
@@ -117,13 +135,19 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   if (!prompt.ok()) return prompt.status();
   request.prompt = *std::move(prompt);
   const int prompt_tokens = static_cast<int>(request.prompt.size());
-  const int64_t scored = input.echo && request.sampling.logprobs
-                             ? int64_t{prompt_tokens} * request.sampling.n * (1 + *request.sampling.logprobs)
-                             : 0;
-  if (absl::Status s = CheckScored(scored); !s.ok()) return s;
-  if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input, &request.sampling); !s.ok()) return s;
-  if (is_chat) AddTemplateStops(&request.sampling);  // after the limits, which are for what the client sent
+  const int64_t per_token =
+      request.sampling.logprobs ? int64_t{request.sampling.n} * (1 + *request.sampling.logprobs) : 0;
+  const int64_t scored = input.echo ? prompt_tokens * per_token : 0;
+  if (absl::Status s = CheckScored(scored, 0); !s.ok()) return s;
+  const bool keeps = input.whole && per_token > 0;  // the log probabilities of the answer
+  const int64_t most = keeps ? (kMaxKept - scored) / per_token : std::numeric_limits<int>::max();
+  if (absl::Status s = FitMaxTokens(prompt_tokens, is_chat, input, most, &request.sampling); !s.ok())
+    return s;
+  const int room = model_.max_context_tokens - prompt_tokens;
+  const int64_t kept = keeps ? scored + std::min(request.sampling.max_tokens, room) * per_token : 0;
+  if (absl::Status s = CheckScored(scored, kept); !s.ok()) return s;
   if (absl::Status s = CheckSampling(request.sampling, model_.vocab_size); !s.ok()) return s;
+  if (is_chat) AddTemplateStops(&request.sampling);
 
   request.external_id = std::move(input.external_id);
   request.echo_prompt = input.echo;
@@ -135,16 +159,23 @@ absl::StatusOr<Submitted> GenerateService::Generate(GenerateInput input, std::sh
   }
   absl::StatusOr<RequestId> id = engine_->Submit(std::move(request), std::move(sink));
   if (!id.ok()) return WithField(id.status(), is_chat ? "messages" : "prompt");
-  return Submitted{*id, prompt_tokens, scored};
+  return Submitted{*id, prompt_tokens, scored, kept};
 }
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::EncodePrompt(const PromptInput& prompt,
                                                                    bool add_generation_prompt) const {
-  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt))
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) {
+    size_t bytes = 0;
+    for (const ChatMessage& message : *messages) bytes += BytesOf(message.content);
+    if (absl::Status s = CheckLength(bytes, "messages"); !s.ok()) return s;
     return TokenizeChat(*messages, add_generation_prompt);
+  }
   std::vector<TokenId> ids;
   if (const auto* text = std::get_if<std::string>(&prompt)) {
-    ids = tokenizer_->Encode(*text, /*add_special=*/true, /*parse_special=*/true);
+    if (absl::Status s = CheckLength(BytesOf(*text), "prompt"); !s.ok()) return s;
+    absl::StatusOr<std::vector<TokenId>> tokens = Tokenize(*text, /*add_special=*/true);
+    if (!tokens.ok()) return tokens;
+    ids = *std::move(tokens);
   } else {
     ids = std::get<std::vector<TokenId>>(prompt);
     if (absl::Status s = CheckIds(ids, model_.vocab_size, "prompt"); !s.ok()) return s;
@@ -171,8 +202,17 @@ void GenerateService::AddTemplateStops(SamplingParams* sampling) const {
   }
 }
 
+absl::Status GenerateService::CheckLength(size_t bytes, std::string_view field) const {
+  const size_t least = bytes / (kMostShrinking * longest_token_);
+  if (least <= static_cast<size_t>(model_.max_context_tokens)) return absl::OkStatus();
+  return absl::OutOfRangeError(absl::StrCat(ToAbsl(field), ": has ", bytes,
+                                            " bytes beside white space, which are more than ", least,
+                                            " tokens, but the model's context is ", model_.max_context_tokens,
+                                            " tokens for prompt and answer together; shorten it"));
+}
+
 absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, const GenerateInput& input,
-                                           SamplingParams* sampling) const {
+                                           int64_t most, SamplingParams* sampling) const {
   const int room = model_.max_context_tokens - prompt_tokens;
   if (room < 0 || (room == 0 && !(input.max_tokens_given && sampling->max_tokens == 0))) {
     return absl::OutOfRangeError(absl::StrCat(
@@ -181,7 +221,8 @@ absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, cons
   }
   if (input.max_tokens_given) return absl::OkStatus();
   // An answer that nobody limited must not be refused because the cache is smaller than the model's context.
-  const int fits = std::min(room, engine_->MaxNewTokens(prompt_tokens, input.compression));
+  const int fits = static_cast<int>(
+      std::min<int64_t>({room, engine_->MaxNewTokens(prompt_tokens, input.compression), most}));
   sampling->max_tokens = fits;
   if (sampling->min_tokens > sampling->max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("min_tokens: ", sampling->min_tokens,
@@ -193,12 +234,18 @@ absl::Status GenerateService::FitMaxTokens(int prompt_tokens, bool is_chat, cons
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::Tokenize(std::string_view text,
                                                                bool add_special) const {
+  std::unique_lock<std::mutex> lock(long_text_mutex_, std::defer_lock);
+  if (text.size() > kLongText) lock.lock();
   return tokenizer_->Encode(text, add_special, /*parse_special=*/true);
 }
 
 absl::StatusOr<std::vector<TokenId>> GenerateService::TokenizeChat(const std::vector<ChatMessage>& messages,
                                                                    bool add_generation_prompt) const {
   if (messages.empty()) return absl::InvalidArgumentError("messages: must have at least one message");
+  size_t bytes = 0;
+  for (const ChatMessage& message : messages) bytes += message.content.size();
+  std::unique_lock<std::mutex> lock(long_text_mutex_, std::defer_lock);
+  if (bytes > kLongText) lock.lock();
   absl::StatusOr<std::vector<TokenId>> ids =
       chat_template_.Render(messages, *tokenizer_, add_generation_prompt);
   if (ids.ok() && ids->empty()) return absl::InvalidArgumentError("messages: the conversation has no tokens");

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -43,6 +44,7 @@ struct GenerateInput {
       false;  // else sampling.max_tokens becomes what fits (chat, gRPC) — set by the service
   bool add_generation_prompt = true;  // of a conversation: open the assistant's answer
   bool echo = false;
+  bool whole = false;  // the answer is kept until it is whole; else it goes out as it comes
   std::optional<CompressionOverride> compression;  // none: as the server does it
   int priority = 0;
   absl::Time deadline = absl::InfiniteFuture();  // infinite: scheduler.default_timeout_ms from now
@@ -52,7 +54,9 @@ struct GenerateInput {
 struct Submitted {
   RequestId id = 0;
   int prompt_tokens = 0;
-  int64_t scored = 0;  // log probabilities of its prompt, all answers and candidates together
+  // Log probabilities, candidates counted: of the prompt; and with those of the answer, where it is kept
+  // whole.
+  int64_t scored = 0, kept = 0;
 };
 
 class GenerateService {
@@ -65,8 +69,8 @@ class GenerateService {
   // InvalidArgument messages begin with the field's OpenAI name and a colon ("temperature: must be in [0,
   // 100], got -1"), so that front ends can fill in `param`.
   absl::StatusOr<Submitted> Generate(GenerateInput input, std::shared_ptr<OutputSink> sink);
-  // Whether one call may ask for so many log probabilities of prompts.
-  static absl::Status CheckScored(int64_t scored);
+  // Whether one call may ask for so many log probabilities: the sums of its prompts' Submitted.
+  static absl::Status CheckScored(int64_t scored, int64_t kept);
   void Cancel(RequestId id) { engine_->Cancel(id); }
 
   // As a prompt: control tokens that the text spells are such.
@@ -93,9 +97,11 @@ class GenerateService {
   absl::StatusOr<std::vector<TokenId>> EncodePrompt(const PromptInput& prompt,
                                                     bool add_generation_prompt) const;
   void AddTemplateStops(SamplingParams* sampling) const;
+  // Refuses a text that cannot fit without tokenizing it, which takes long: `bytes` of it are no white space.
+  absl::Status CheckLength(size_t bytes, std::string_view field) const;
   // Refuses a prompt that leaves no room for an answer, and sets max_tokens to what fits where it was not
-  // given.
-  absl::Status FitMaxTokens(int prompt_tokens, bool is_chat, const GenerateInput& input,
+  // given, and at most to `most`.
+  absl::Status FitMaxTokens(int prompt_tokens, bool is_chat, const GenerateInput& input, int64_t most,
                             SamplingParams* sampling) const;
 
   Engine* engine_;
@@ -103,6 +109,9 @@ class GenerateService {
   ChatTemplate chat_template_;
   ServedModel model_;
   Config config_;
+  size_t longest_token_ = 1;  // bytes
+  // One long text at a time: a library may need a hundred times its size to tokenize it.
+  mutable std::mutex long_text_mutex_;
   std::atomic<bool> ready_{false};
 };
 

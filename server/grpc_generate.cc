@@ -24,11 +24,12 @@ using v1::GenerateStreamResponse;
 constexpr size_t kMaxMessageBytes = 64 << 10;  // pieces that wait are joined up to this size
 constexpr size_t kMaxWaitingBytes = 4 << 20;   // of one stream; beyond, its client is too slow
 
-absl::StatusOr<Submitted> Submit(const GrpcCall& call, const GenerateRequest& request,
+absl::StatusOr<Submitted> Submit(const GrpcCall& call, const GenerateRequest& request, bool whole,
                                  std::shared_ptr<OutputSink> sink) {
   if (absl::Status s = call.Authorize(); !s.ok()) return s;
   absl::StatusOr<GenerateInput> input = FromProto(request, call.service().model().sampling);
   if (!input.ok()) return input.status();
+  input->whole = whole;
   input->deadline = call.deadline();
   input->external_id = call.request_id();
   return call.service().Generate(*std::move(input), std::move(sink));
@@ -98,7 +99,7 @@ class UnaryCall final : public grpc::ServerUnaryReactor, public OutputSink {
       response_->set_request_id(call_.request_id());
       response_->set_model(call_.service().model().id);
     }
-    absl::StatusOr<Submitted> submitted = Submit(call_, request, self_);
+    absl::StatusOr<Submitted> submitted = Submit(call_, request, /*whole=*/true, self_);
     std::lock_guard<std::mutex> lock(mutex_);
     if (submitted.ok()) {
       id_ = submitted->id;
@@ -176,6 +177,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
       pieces_.clear();
       if (!end_) EndLocked(CancellationOf(call_));
     }
+    last_write_ = absl::Now();
     WriteNextLocked();
   }
 
@@ -195,7 +197,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
     {
       std::lock_guard<std::mutex> lock(mutex_);
       done_ = true;
-      end_alarm_.Cancel();
+      if (end_alarm_) end_alarm_->Cancel();
     }
     std::shared_ptr<StreamCall> last = std::move(self_);  // may delete this at the end of the scope
   }
@@ -216,7 +218,7 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
       std::lock_guard<std::mutex> lock(mutex_);
       answers_left_ = request.sampling().has_n() ? request.sampling().n() : 1;
     }
-    absl::StatusOr<Submitted> submitted = Submit(call_, request, self_);
+    absl::StatusOr<Submitted> submitted = Submit(call_, request, /*whole=*/false, self_);
     std::lock_guard<std::mutex> lock(mutex_);
     if (submitted.ok()) {
       id_ = submitted->id;
@@ -240,15 +242,24 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
 
   void EndLocked(const absl::Status& status) {
     end_ = status;
-    // The rest of the answer may be stuck behind a client that does not read: nothing else would ever end the
-    // call. (Weak: the alarm keeps its callback for as long as it lives, and it lives here.)
-    end_alarm_.Set(absl::ToChronoTime(absl::Now() + write_timeout_),
-                   [weak = std::weak_ptr(self_)](bool expired) {
-                     std::shared_ptr<StreamCall> self = expired ? weak.lock() : nullptr;
-                     if (self == nullptr) return;
-                     std::lock_guard<std::mutex> lock(self->mutex_);
-                     if (!self->done_) self->context_->TryCancel();
-                   });
+    last_write_ = absl::Now();
+    ArmEndLocked(last_write_ + write_timeout_);
+  }
+
+  // The rest of the answer may be stuck behind a client that does not read: nothing else would ever end the
+  // call. (Weak: an alarm keeps its callback for as long as it lives, and it lives here. Each time another
+  // one: none can be set anew while it calls back.)
+  void ArmEndLocked(absl::Time when) {
+    end_alarm_.emplace();
+    end_alarm_->Set(absl::ToChronoTime(when), [weak = std::weak_ptr(self_)](bool expired) {
+      std::shared_ptr<StreamCall> self = expired ? weak.lock() : nullptr;
+      if (self == nullptr) return;
+      std::lock_guard<std::mutex> lock(self->mutex_);
+      if (self->done_) return;
+      const absl::Time limit = self->last_write_ + self->write_timeout_;
+      if (absl::Now() < limit) return self->ArmEndLocked(limit);
+      self->context_->TryCancel();
+    });
   }
 
   void CutOffSlowClientLocked() {
@@ -295,7 +306,8 @@ class StreamCall final : public grpc::ServerWriteReactor<GenerateStreamResponse>
   std::optional<absl::Status> end_;  // known: nothing more is taken from the engine
   bool finished_ = false;            // Finish() was called
   bool done_ = false;                // gRPC has forgotten the call
-  grpc::Alarm end_alarm_;
+  absl::Time last_write_;            // when one was done, or the end was known
+  std::optional<grpc::Alarm> end_alarm_;
 };
 
 }  // namespace

@@ -9,6 +9,9 @@
 #include <variant>
 #include <vector>
 
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+
 namespace atp {
 
 using HttpHeaders = std::vector<std::pair<std::string, std::string>>;
@@ -18,7 +21,8 @@ struct HttpRequest {
   std::string target;   // as sent
   HttpHeaders headers;  // names in lower case
   std::string body;
-  std::string request_id;  // the client's x-request-id where that was fit, else a fresh one
+  std::string request_id;          // the client's x-request-id where that was fit, else a fresh one
+  absl::Time began = absl::Now();  // when its first byte came
 
   std::string_view Header(std::string_view lower_case_name) const {  // empty when absent
     for (const auto& [name, value] : headers) {

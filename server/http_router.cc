@@ -55,7 +55,7 @@ absl::StatusOr<absl::Time> DeadlineOf(const HttpRequest& request) {
     return absl::InvalidArgumentError(absl::StrCat(
         "x-request-timeout-ms: must be a whole number of milliseconds in [1, ", kMaxTimeoutMs, "]"));
   }
-  return absl::Now() + absl::Milliseconds(milliseconds);
+  return request.began + absl::Milliseconds(milliseconds);
 }
 
 constexpr size_t kMaxShownBytes = 128;  // of a client's text, in an error
@@ -182,7 +182,7 @@ HttpHeaders HttpRouter::CommonHeaders(const HttpRequest& request) const {
   if (!any) headers.emplace_back("Vary", "Origin");
   if (origin.empty() || (!any && !allows(origin))) return headers;
   headers.emplace_back("Access-Control-Allow-Origin", any ? "*" : std::string(origin));
-  headers.emplace_back("Access-Control-Expose-Headers", "x-request-id, retry-after");
+  headers.emplace_back("Access-Control-Expose-Headers", "x-request-id, retry-after, x-should-retry");
   return headers;
 }
 

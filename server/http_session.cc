@@ -10,14 +10,12 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/http_message.h"
 #include "server/http_sessions.h"
 #include "server/sse_writer.h"
-#include "spdlog/spdlog.h"
 
 namespace atp {
 
@@ -27,10 +25,12 @@ using boost::system::error_code;
 
 namespace {
 
-// Bytes that a client may send ahead of its answers (pipelining). Beyond, we stop reading until the answer is
-// out.
+// Bytes that a client may send ahead of its answers (pipelining).
 constexpr size_t kMaxReadAhead = 64 << 10;
 constexpr size_t kReadBytes = 8 << 10;
+// A longer body is parsed and tokenized on a thread of its own, which takes so long that other connections
+// would notice.
+constexpr size_t kLongBody = 64 << 10;
 // After the last answer we read and drop what still comes: closing with unread bytes would reset the
 // connection and could take the answer with it (RFC 9112, 9.6).
 constexpr auto kLinger = std::chrono::seconds(2);
@@ -57,8 +57,13 @@ class HttpSession final : public HttpConnection, public std::enable_shared_from_
   enum class Limit { kIdle, kRequest, kWrite, kLinger };
   using Parser = http::request_parser<http::string_body>;
 
+  template <class F>
+  void Post(F call) {  // on the strand; any thread
+    asio::post(socket_.get_executor(),
+               [self = shared_from_this(), call = std::move(call)]() mutable { call(*self); });
+  }
   void Arm(Limit limit, std::chrono::milliseconds time);
-  void Disarm();
+  void Disarm() { ++timer_turn_, timer_.cancel(); }
   void OnTimeout(Limit limit);
   void Read();
   void OnRead(error_code error, size_t bytes);
@@ -70,6 +75,7 @@ class HttpSession final : public HttpConnection, public std::enable_shared_from_
   HttpRequest ParsedSoFar() const;
   HttpRequest TakeHeaders(const Parser::value_type& message) const;
   void Dispatch();
+  Routed Route(const HttpRequest& request);
   void Begin(HttpRequest request, Routed routed);
   void Wake();
   void Pump();
@@ -77,9 +83,8 @@ class HttpSession final : public HttpConnection, public std::enable_shared_from_
   std::string ChunkOf(const AnswerPiece& piece);
   void Write(std::string bytes, bool limited);
   void WriteSome(bool limited);
-  void AfterWrite();
   void FinishAnswer();
-  void Record(int status);
+  void Record(int status) { owner_.Record({request_, route_, status, sent_bytes_, absl::Now() - began_}); }
   void Vanish();
   void Linger();
   void Close();
@@ -106,6 +111,7 @@ class HttpSession final : public HttpConnection, public std::enable_shared_from_
   HttpHeaders headers_;
   std::optional<HttpResponse> ready_;
   std::shared_ptr<PendingAnswer> pending_;
+  std::shared_ptr<HttpRequest> long_request_;  // waits for its route
   bool http11_ = true;
   bool keep_alive_ = true;
   bool streaming_ = false;  // the head of a stream is out
@@ -122,35 +128,35 @@ class HttpSession final : public HttpConnection, public std::enable_shared_from_
 // --- any thread ---
 
 void HttpSession::Start(bool refused) {
-  asio::post(socket_.get_executor(), [self = shared_from_this(), refused] {
-    if (self->state_ == State::kClosed) return;
+  Post([refused](HttpSession& self) {
+    if (self.state_ == State::kClosed) return;
     if (refused) {
-      self->Refuse(self->ParsedSoFar(), 503, "too many connections; try again later");
+      self.Refuse(self.ParsedSoFar(), 503, "too many connections; try again later");
     } else {
-      self->Arm(Limit::kIdle, std::chrono::milliseconds(self->config_.idle_timeout_ms));
+      self.Arm(Limit::kIdle, std::chrono::milliseconds(self.config_.idle_timeout_ms));
     }
-    self->Read();
+    self.Read();
   });
 }
 
 void HttpSession::Drain() {
-  asio::post(socket_.get_executor(), [self = shared_from_this()] {
-    if (self->state_ == State::kReceiving) self->Close();
+  Post([](HttpSession& self) {
+    if (self.state_ == State::kReceiving) self.Close();
   });
 }
 
 void HttpSession::Kill() {
-  asio::post(socket_.get_executor(), [self = shared_from_this()] {
-    if (self->state_ == State::kAnswering && !self->last_) self->Vanish();
-    self->Close();
+  Post([](HttpSession& self) {
+    if (self.state_ == State::kAnswering && !self.last_) self.Vanish();
+    self.Close();
   });
 }
 
 void HttpSession::Wake() {
   if (woken_.exchange(true)) return;
-  asio::post(socket_.get_executor(), [self = shared_from_this()] {
-    self->woken_ = false;
-    self->Pump();
+  Post([](HttpSession& self) {
+    self.woken_ = false;
+    self.Pump();
   });
 }
 
@@ -161,11 +167,6 @@ void HttpSession::Arm(Limit limit, std::chrono::milliseconds time) {
   timer_.async_wait([self = shared_from_this(), limit, turn = ++timer_turn_](error_code error) {
     if (!error && turn == self->timer_turn_) self->OnTimeout(limit);
   });
-}
-
-void HttpSession::Disarm() {
-  ++timer_turn_;
-  timer_.cancel();
 }
 
 void HttpSession::OnTimeout(Limit limit) {
@@ -182,7 +183,6 @@ void HttpSession::OnTimeout(Limit limit) {
 
 void HttpSession::Read() {
   if (reading_ || eof_ || state_ == State::kClosed) return;
-  if (state_ == State::kAnswering && input_.size() >= kMaxReadAhead) return;
   reading_ = true;
   socket_.async_read_some(
       asio::buffer(read_chunk_),
@@ -195,11 +195,14 @@ void HttpSession::OnRead(error_code error, size_t bytes) {
   if (error) {
     eof_ = true;
     // An answer that is being written may still arrive: the client may have closed its side only.
-    if (state_ == State::kAnswering && error == asio::error::eof && (pending_ == nullptr || last_)) return;
+    if (state_ == State::kAnswering && error == asio::error::eof && !long_request_ && (!pending_ || last_))
+      return;
     return state_ == State::kAnswering ? Vanish() : Close();
   }
   if (state_ != State::kLingering) input_.append(read_chunk_.data(), bytes);
   if (state_ == State::kReceiving) Advance();
+  // Not to read more would be not to see that the client goes.
+  if (state_ == State::kAnswering && input_.size() > kMaxReadAhead) return Vanish();
   Read();
 }
 
@@ -283,6 +286,7 @@ HttpRequest HttpSession::ParsedSoFar() const {
 
 HttpRequest HttpSession::TakeHeaders(const Parser::value_type& message) const {
   HttpRequest request;
+  request.began = began_;
   request.method = std::string(message.method_string());
   request.target = std::string(message.target());
   for (const auto& field : message) {
@@ -313,13 +317,37 @@ void HttpSession::Dispatch() {
     return Refuse(std::move(request), 400, "Transfer-Encoding: only chunked is understood");
   }
   request.body = std::move(message.body());
-  Routed routed = owner_.router().Route(request, [weak = weak_from_this()] {
+  if (request.body.size() < kLongBody) {
+    Routed routed = Route(request);
+    return Begin(std::move(request), std::move(routed));
+  }
+  Disarm();
+  state_ = State::kAnswering;
+  last_ = false;
+  route_ = "unknown";  // this and the next: should the client go before more is known
+  sent_bytes_ = 0;
+  long_request_ = std::make_shared<HttpRequest>(std::move(request));
+  asio::post(owner_.long_bodies(), [self = shared_from_this(), weak = std::weak_ptr(long_request_)] {
+    const std::shared_ptr<HttpRequest> whole = weak.lock();
+    if (whole == nullptr) return;  // the client has gone
+    self->Post([whole, routed = self->Route(*whole)](HttpSession& session) mutable {
+      session.long_request_.reset();
+      session.Begin(std::move(*whole), std::move(routed));
+    });
+  });
+}
+
+Routed HttpSession::Route(const HttpRequest& request) {
+  return owner_.router().Route(request, [weak = weak_from_this()] {
     if (std::shared_ptr<HttpSession> self = weak.lock()) self->Wake();
   });
-  Begin(std::move(request), std::move(routed));
 }
 
 void HttpSession::Begin(HttpRequest request, Routed routed) {
+  if (state_ == State::kClosed) {  // while a long body was read
+    if (auto* pending = std::get_if<std::shared_ptr<PendingAnswer>>(&routed.answer)) (*pending)->Abandon();
+    return;
+  }
   Disarm();
   // The answer waits for "100 Continue" to be out, which had only the request's limit until now.
   if (writing_) Arm(Limit::kWrite, std::chrono::milliseconds(config_.write_timeout_ms));
@@ -343,7 +371,7 @@ void HttpSession::Begin(HttpRequest request, Routed routed) {
 }
 
 void HttpSession::Pump() {
-  if (state_ != State::kAnswering || writing_ || last_) return;
+  if (state_ != State::kAnswering || writing_ || last_ || (!ready_ && !pending_)) return;
   AnswerPiece piece;
   if (ready_) {
     piece.kind = AnswerPiece::kWhole;
@@ -414,35 +442,22 @@ void HttpSession::WriteSome(bool limited) {
     if (self->written_ < self->output_.size()) return self->WriteSome(limited);
     self->writing_ = false;
     if (limited || self->state_ == State::kAnswering) self->Disarm();
-    self->AfterWrite();
+    if (self->state_ != State::kAnswering) return;
+    self->last_ ? self->FinishAnswer() : self->Pump();
   });
-}
-
-void HttpSession::AfterWrite() {
-  if (state_ != State::kAnswering) return;
-  if (last_) return FinishAnswer();
-  Pump();
 }
 
 void HttpSession::FinishAnswer() {
   Record(status_);
   pending_.reset();
+  output_ = std::string();  // an idle connection keeps nothing
+  input_.shrink_to_fit();
   if (!keep_alive_ || owner_.draining()) return Linger();
   state_ = State::kReceiving;
   Arm(Limit::kIdle, std::chrono::milliseconds(config_.idle_timeout_ms));
   Advance();
   if (eof_ && state_ == State::kReceiving) return Close();
   Read();
-}
-
-void HttpSession::Record(int status) {
-  const absl::Duration duration = absl::Now() - began_;
-  owner_.metrics().OnResponse("http", route_, absl::StrCat(status), duration);
-  const auto level = status == 500 ? spdlog::level::err : spdlog::level::debug;  // our fault
-  if (!spdlog::should_log(level)) return;
-  spdlog::log(level, "http_request id={} method={} route={} status={} bytes={} duration_ms={:.3f}",
-              absl::CEscape(request_.request_id), absl::CEscape(request_.method), route_, status, sent_bytes_,
-              absl::ToDoubleMilliseconds(duration));
 }
 
 // --- the end ---
@@ -473,6 +488,7 @@ void HttpSession::Close() {
   error_code ignored;
   socket_.close(ignored);
   pending_.reset();
+  long_request_.reset();
   owner_.Remove(shared_from_this());
 }
 

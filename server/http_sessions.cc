@@ -3,6 +3,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "spdlog/spdlog.h"
+
 namespace atp {
 
 namespace asio = boost::asio;
@@ -39,10 +43,10 @@ void HttpSessions::Accept(asio::ip::tcp::socket socket) {
     } else {
       open_.insert(session);
       open = static_cast<int>(open_.size());
+      ReportLocked();
     }
   }
   if (open < 0) return;  // outside of the lock: the session takes it when it goes
-  Report(open);
   session->Start(/*refused=*/open > max_connections_);
 }
 
@@ -64,17 +68,22 @@ bool HttpSessions::WaitUntilGone(absl::Duration timeout) {
 }
 
 void HttpSessions::Remove(const std::shared_ptr<HttpConnection>& session) {
-  int open = 0;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    open_.erase(session);  // the caller still holds it
-    open = static_cast<int>(open_.size());
-  }
-  Report(open);
+  std::lock_guard<std::mutex> lock(mutex_);
+  open_.erase(session);  // the caller still holds it
+  ReportLocked();
 }
 
-void HttpSessions::Report(int open) const {
-  if (report_connections_) metrics_->SetHttpConnections(open);
+void HttpSessions::Record(const Answered& answered) const {
+  metrics_->OnResponse("http", answered.route, absl::StrCat(answered.status), answered.duration);
+  const auto level = answered.status == 500 ? spdlog::level::err : spdlog::level::debug;  // our fault
+  if (!spdlog::should_log(level)) return;
+  spdlog::log(level, "http_request id={} method={} route={} status={} bytes={} duration_ms={:.3f}",
+              absl::CEscape(answered.request.request_id), absl::CEscape(answered.request.method),
+              answered.route, answered.status, answered.bytes, absl::ToDoubleMilliseconds(answered.duration));
+}
+
+void HttpSessions::ReportLocked() const {
+  if (report_connections_) metrics_->SetHttpConnections(static_cast<int>(open_.size()));
 }
 
 }  // namespace atp

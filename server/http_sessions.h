@@ -4,11 +4,13 @@
 #define ATP_SERVER_HTTP_SESSIONS_H_
 
 #include <atomic>
+#include <boost/asio/any_io_executor.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
+#include <utility>
 
 #include "absl/time/time.h"
 #include "config/config.h"
@@ -33,10 +35,11 @@ std::shared_ptr<HttpConnection> NewHttpSession(boost::asio::ip::tcp::socket sock
 class HttpSessions {
  public:
   // `report_connections`: Metrics::SetHttpConnections follows this port. Everything outlives the sessions.
-  HttpSessions(const ServerConfig& config, const HttpRouter* router, Metrics* metrics, int max_connections,
-               bool report_connections)
+  HttpSessions(const ServerConfig& config, const HttpRouter* router, boost::asio::any_io_executor long_bodies,
+               Metrics* metrics, int max_connections, bool report_connections)
       : config_(config),
         router_(router),
+        long_bodies_(std::move(long_bodies)),
         metrics_(metrics),
         max_connections_(max_connections),
         report_connections_(report_connections) {}
@@ -52,9 +55,19 @@ class HttpSessions {
   // For connections.
   const ServerConfig& config() const { return config_; }
   const HttpRouter& router() const { return *router_; }
+  const boost::asio::any_io_executor& long_bodies() const { return long_bodies_; }
   Metrics& metrics() const { return *metrics_; }
   bool draining() const { return draining_.load(); }
   void Remove(const std::shared_ptr<HttpConnection>& connection);
+  // What a connection answered, for metrics and the log.
+  struct Answered {
+    const HttpRequest& request;
+    std::string_view route;
+    int status;
+    size_t bytes;
+    absl::Duration duration;
+  };
+  void Record(const Answered& answered) const;
 
   // A connection's first member: counts it until it is destroyed, not only until it is closed.
   class Presence {
@@ -69,10 +82,11 @@ class HttpSessions {
   };
 
  private:
-  void Report(int open) const;
+  void ReportLocked() const;
 
   const ServerConfig config_;
   const HttpRouter* const router_;
+  const boost::asio::any_io_executor long_bodies_;  // where requests with long bodies are routed
   Metrics* const metrics_;
   const int max_connections_;
   const bool report_connections_;

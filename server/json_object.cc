@@ -180,6 +180,7 @@ void JsonObject::ReadSeed(std::string_view name, std::optional<uint64_t>* value)
   }
   const std::optional<int64_t> number = AsInteger(*found);
   if (!number) return Fail(name, absl::StrCat("must be a 64-bit integer, got ", Describe(*found)));
+  if (*number == -1) return;  // vLLM's and llama-server's word for none
   *value = static_cast<uint64_t>(*number);
 }
 

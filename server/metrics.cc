@@ -102,7 +102,8 @@ std::vector<prometheus::MetricFamily> EngineFamilies(const GenerateService& serv
                                                        static_cast<double>(stats.kv_blocks_total)
                                                  : 0.0;
   gauge("atp_requests_running", "Requests in the running batch.", stats.requests_running);
-  gauge("atp_requests_waiting", "Requests in the queue, not yet scheduled.", stats.requests_waiting);
+  gauge("atp_requests_waiting", "Requests that wait for a place in the batch, preempted ones too.",
+        stats.requests_waiting);
   gauge("atp_kv_cache_blocks", "Blocks of the KV cache.", static_cast<double>(stats.kv_blocks_total));
   gauge("atp_kv_cache_blocks_used", "KV cache blocks held by live requests.",
         static_cast<double>(stats.kv_blocks_used));
@@ -166,8 +167,8 @@ struct Metrics::Families {
   prometheus::Registry registry;
   std::atomic<const GenerateService*> service{nullptr};
 
-  prometheus::Counter& prompt_tokens =
-      Counter("atp_prompt_tokens_total", "Prompt tokens of finished requests, cached ones included.");
+  prometheus::Counter& prompt_tokens = Counter(
+      "atp_prompt_tokens_total", "Prompt tokens of finished requests that were begun, cached ones included.");
   prometheus::Counter& generation_tokens =
       Counter("atp_generation_tokens_total", "Generated tokens of finished requests.");
   prometheus::Family<prometheus::Counter>& finished = prometheus::BuildCounter()
@@ -271,7 +272,7 @@ void Metrics::OnInterTokenLatency(absl::Duration latency) {
 }
 
 void Metrics::OnRequestFinished(const RequestReport& report) {
-  families_->prompt_tokens.Increment(report.usage.prompt_tokens);
+  if (report.started) families_->prompt_tokens.Increment(report.usage.prompt_tokens);
   families_->generation_tokens.Increment(report.usage.completion_tokens);
   for (size_t i = 0; i < kFinishReasons.size(); ++i) {
     if (kFinishReasons[i].first == report.reason) families_->finished_by_reason[i]->Increment();

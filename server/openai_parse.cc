@@ -163,9 +163,11 @@ void ReadPrompts(const JsonObject& body, const LimitsConfig& limits, CompletionC
   }
 }
 
-// A message's content: a string, or text parts, joined by newlines.
-void ReadContent(const JsonObject& message, std::string* content) {
+// A message's content: a string, or text parts, joined by newlines. An assistant's may be missing, or a
+// refusal.
+void ReadContent(const JsonObject& message, bool assistant, std::string* content) {
   const json* found = message.Find("content");
+  if (found == nullptr && assistant) return message.Read("refusal", content);
   if (found == nullptr) return message.Fail("content", "is required");
   if (found->is_string()) {
     *content = found->get<std::string>();
@@ -177,11 +179,16 @@ void ReadContent(const JsonObject& message, std::string* content) {
   }
   bool first = true;
   for (const json& part : *found) {
-    const bool text = part.is_object() && part.value("type", json()) == json("text") &&
-                      part.contains("text") && part["text"].is_string();
-    if (!text) return message.Fail("content", "only parts {\"type\": \"text\", \"text\": …} are supported");
+    const auto is = [&part](const char* type) {
+      return part.is_object() && part.value("type", json()) == json(type) && part.contains(type) &&
+             part[type].is_string();
+    };
+    const char* const type = assistant && is("refusal") ? "refusal" : "text";
+    if (!is(type)) {
+      return message.Fail("content", "only parts {\"type\": \"text\", \"text\": …} are supported");
+    }
     if (!first) content->push_back('\n');
-    content->append(part["text"].get_ref<const std::string&>());
+    content->append(part[type].get_ref<const std::string&>());
     first = false;
   }
 }
@@ -204,7 +211,7 @@ void ReadMessages(const JsonObject& body, absl::Status* status, std::vector<Chat
     if (out.role.empty()) message.Fail("role", "is required");
     message.Read("name", &out.name);
     message.Refuse({"tool_calls", "function_call", "audio"});
-    ReadContent(message, &out.content);
+    ReadContent(message, out.role == "assistant", &out.content);
   }
 }
 

@@ -40,20 +40,31 @@ ordered_json Number(float logprob) {
   return std::isfinite(logprob) ? ordered_json(logprob) : ordered_json(-9999.0);
 }
 
-ordered_json LegacyLogprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
-                            TextPosition* position) {
-  ordered_json tokens = ordered_json::array();
-  ordered_json values = ordered_json::array();
-  ordered_json tops = ordered_json::array();
-  ordered_json offsets = ordered_json::array();
+// Log probabilities are text at once, token by token: as JSON values they would take ten times the memory,
+// and an answer may have a million of them.
+class TextArray {
+ public:
+  void Add(const ordered_json& value) {
+    text_ += text_.size() > 1 ? "," : "";
+    text_ += Dump(value);
+  }
+  std::string Take() { return std::move(text_ += ']'); }
+
+ private:
+  std::string text_ = "[";
+};
+
+std::string LegacyLogprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
+                           TextPosition* position) {
+  TextArray tokens, values, tops, offsets;
   for (const TokenLogprob& item : piece.logprobs) {
     const std::string text = LegacyTokenText(tokenizer.TokenBytes(item.token, /*keep_special=*/true));
-    tokens.push_back(text);
-    values.push_back(Number(item.logprob));
-    offsets.push_back(position->offset());
+    tokens.Add(text);
+    values.Add(Number(item.logprob));
+    offsets.Add(position->offset());
     position->Advance(item);
     if (std::isnan(item.logprob)) {  // the first token of an echoed prompt
-      tops.push_back(nullptr);
+      tops.Add(nullptr);
       continue;
     }
     ordered_json top = ordered_json::object();
@@ -63,9 +74,10 @@ ordered_json LegacyLogprobs(const AnswerHeader& header, const ChoicePiece& piece
       top.emplace(LegacyTokenText(tokenizer.TokenBytes(token, true)), Number(logprob));
     }
     top.emplace(text, Number(item.logprob));  // the chosen one is always there
-    tops.push_back(std::move(top));
+    tops.Add(top);
   }
-  return {{"text_offset", offsets}, {"token_logprobs", values}, {"tokens", tokens}, {"top_logprobs", tops}};
+  return absl::StrCat(R"({"text_offset":)", offsets.Take(), R"(,"token_logprobs":)", values.Take(),
+                      R"(,"tokens":)", tokens.Take(), R"(,"top_logprobs":)", tops.Take(), "}");
 }
 
 ordered_json ChatToken(const Tokenizer& tokenizer, TokenId token, float logprob) {
@@ -75,8 +87,8 @@ ordered_json ChatToken(const Tokenizer& tokenizer, TokenId token, float logprob)
   return {{"token", Utf8(bytes)}, {"logprob", Number(logprob)}, {"bytes", std::move(byte_values)}};
 }
 
-ordered_json ChatLogprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer) {
-  ordered_json content = ordered_json::array();
+std::string ChatLogprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer) {
+  TextArray content;
   for (const TokenLogprob& item : piece.logprobs) {
     ordered_json entry = ChatToken(tokenizer, item.token, item.logprob);
     ordered_json top = ordered_json::array();
@@ -85,14 +97,14 @@ ordered_json ChatLogprobs(const AnswerHeader& header, const ChoicePiece& piece, 
       top.push_back(ChatToken(tokenizer, token, logprob));
     }
     entry["top_logprobs"] = std::move(top);
-    content.push_back(std::move(entry));
+    content.Add(entry);
   }
-  return {{"content", std::move(content)}, {"refusal", nullptr}};
+  return absl::StrCat(R"({"content":)", content.Take(), R"(,"refusal":null})");
 }
 
-ordered_json Logprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
-                      TextPosition* position) {
-  if (!header.with_logprobs) return nullptr;
+std::string Logprobs(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
+                     TextPosition* position) {
+  if (!header.with_logprobs) return "null";
   return header.chat ? ChatLogprobs(header, piece, tokenizer)
                      : LegacyLogprobs(header, piece, tokenizer, position);
 }
@@ -131,12 +143,27 @@ ordered_json Envelope(const AnswerHeader& header, bool chunk) {
           {"system_fingerprint", absl::StrCat("atp-", std::string(AtpVersion()))}};
 }
 
-std::string Chunk(const AnswerHeader& header, ordered_json choice, const CompressionUsage* last = nullptr) {
-  ordered_json chunk = Envelope(header, true);
-  chunk["choices"] = ordered_json::array({std::move(choice)});
-  if (header.include_usage) chunk["usage"] = nullptr;
-  if (last != nullptr) AddAtp(*last, &chunk);
-  return Dump(chunk);
+// An object of the members of `begin`, one that is text already, and the members of `end`.
+std::string Join(const ordered_json& begin, const char* name, const std::string& member,
+                 const ordered_json& end) {
+  std::string text = Dump(begin);
+  text.back() = ',';
+  absl::StrAppend(&text, "\"", name, "\":", member, end.empty() ? "" : ",");
+  return text.append(Dump(end), 1);
+}
+
+std::string ChoiceText(const AnswerHeader& header, const ordered_json& begin, const ChoicePiece& piece,
+                       const Tokenizer& tokenizer, TextPosition* position) {
+  return Join(begin, "logprobs", Logprobs(header, piece, tokenizer, position),
+              {{"finish_reason", FinishName(piece.finish)}});
+}
+
+std::string Chunk(const AnswerHeader& header, const std::string& choice,
+                  const CompressionUsage* last = nullptr) {
+  ordered_json end = ordered_json::object();
+  if (header.include_usage) end["usage"] = nullptr;
+  if (last != nullptr) AddAtp(*last, &end);
+  return Join(Envelope(header, true), "choices", absl::StrCat("[", choice, "]"), end);
 }
 
 // A field's name: what a client can find in its request.
@@ -171,6 +198,8 @@ ErrorKind KindOf(int http_status) {
       return {"server_error", "unavailable"};
     case 504:
       return {"server_error", "deadline_exceeded"};
+    case 505:
+      return {"invalid_request_error", "http_version_not_supported"};
     default:
       return http_status < 500 ? ErrorKind{"invalid_request_error", nullptr}
                                : ErrorKind{"server_error", "internal_error"};
@@ -235,10 +264,10 @@ std::string RenderError(int http_status, std::string_view message, const char* g
 }
 
 std::string RenderRoleChunk(const AnswerHeader& header, int index) {
-  return Chunk(header, {{"index", index},
-                        {"delta", {{"role", "assistant"}, {"content", ""}}},
-                        {"logprobs", nullptr},
-                        {"finish_reason", nullptr}});
+  return Chunk(header, Dump({{"index", index},
+                             {"delta", {{"role", "assistant"}, {"content", ""}}},
+                             {"logprobs", nullptr},
+                             {"finish_reason", nullptr}}));
 }
 
 std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, const Tokenizer& tokenizer,
@@ -250,10 +279,12 @@ std::string RenderChunk(const AnswerHeader& header, const ChoicePiece& piece, co
   } else {
     choice["text"] = piece.text;
   }
-  choice["logprobs"] =
-      piece.logprobs.empty() ? ordered_json(nullptr) : Logprobs(header, piece, tokenizer, position);
+  if (!piece.logprobs.empty()) {
+    return Chunk(header, ChoiceText(header, choice, piece, tokenizer, position), last);
+  }
+  choice["logprobs"] = nullptr;
   choice["finish_reason"] = FinishName(piece.finish);
-  return Chunk(header, std::move(choice), last);
+  return Chunk(header, Dump(choice), last);
 }
 
 std::string RenderUsageChunk(const AnswerHeader& header, const Usage& usage) {
@@ -267,8 +298,7 @@ std::string RenderUsageChunk(const AnswerHeader& header, const Usage& usage) {
 std::string RenderAnswer(const AnswerHeader& header, const std::vector<ChoicePiece>& pieces,
                          const Usage& usage, const Tokenizer& tokenizer,
                          std::vector<TextPosition> positions) {
-  ordered_json answer = Envelope(header, false);
-  ordered_json choices = ordered_json::array();
+  std::string choices = "[";
   for (size_t i = 0; i < pieces.size(); ++i) {
     const ChoicePiece& piece = pieces[i];
     ordered_json choice = {{"index", piece.index}};
@@ -277,14 +307,12 @@ std::string RenderAnswer(const AnswerHeader& header, const std::vector<ChoicePie
     } else {
       choice["text"] = piece.text;
     }
-    choice["logprobs"] = Logprobs(header, piece, tokenizer, &positions[i]);
-    choice["finish_reason"] = FinishName(piece.finish);
-    choices.push_back(std::move(choice));
+    absl::StrAppend(&choices, i > 0 ? "," : "", ChoiceText(header, choice, piece, tokenizer, &positions[i]));
   }
-  answer["choices"] = std::move(choices);
-  answer["usage"] = UsageObject(usage);
-  AddAtp(usage.atp, &answer);
-  return Dump(answer);
+  choices += ']';
+  ordered_json end = {{"usage", UsageObject(usage)}};
+  AddAtp(usage.atp, &end);
+  return Join(Envelope(header, false), "choices", choices, end);
 }
 
 std::string RenderModel(const ModelCard& model) { return Dump(ModelObject(model)); }

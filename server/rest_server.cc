@@ -7,6 +7,7 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <chrono>
 #include <string>
 #include <thread>
@@ -35,11 +36,12 @@ constexpr absl::Duration kCloseTimeout = absl::Seconds(10);
 // One listening port and its connections.
 class Port {
  public:
-  Port(asio::io_context* io, const ServerConfig& config, Metrics* metrics, bool metrics_only)
+  Port(asio::io_context* io, const asio::any_io_executor& long_bodies, const ServerConfig& config,
+       Metrics* metrics, bool metrics_only)
       : io_(*io),
         router_(config, metrics, metrics_only),
-        sessions_(config, &router_, metrics, metrics_only ? kMaxMetricsConnections : config.max_connections,
-                  !metrics_only),
+        sessions_(config, &router_, long_bodies, metrics,
+                  metrics_only ? kMaxMetricsConnections : config.max_connections, !metrics_only),
         acceptor_(asio::make_strand(*io)),
         pause_(acceptor_.get_executor()) {}
 
@@ -109,8 +111,8 @@ class BeastRestServer final : public RestServer {
       : io_(std::max(1, config.io_threads)),
         work_(io_.get_executor()),
         metrics_work_(metrics_io_.get_executor()),
-        http_(&io_, config, metrics, /*metrics_only=*/false),
-        metrics_(&metrics_io_, config, metrics, /*metrics_only=*/true) {}
+        http_(&io_, long_bodies_.get_executor(), config, metrics, /*metrics_only=*/false),
+        metrics_(&metrics_io_, metrics_io_.get_executor(), config, metrics, /*metrics_only=*/true) {}
 
   ~BeastRestServer() override { Stop(absl::ZeroDuration()); }
 
@@ -143,6 +145,8 @@ class BeastRestServer final : public RestServer {
       port->sessions().CloseAll();
     }
     for (Port* port : {&http_, &metrics_}) port->sessions().WaitUntilGone(kCloseTimeout);
+    long_bodies_.join();
+    for (Port* port : {&http_, &metrics_}) port->sessions().WaitUntilGone(kCloseTimeout);
     work_.reset();
     metrics_work_.reset();
     io_.stop();
@@ -152,8 +156,11 @@ class BeastRestServer final : public RestServer {
   }
 
  private:
-  // Probes have a thread of their own: a long prompt that is tokenized must not get the process killed.
+  // Probes have a thread of their own: a load on the other port must not get the process killed. So have
+  // requests with long bodies, one at a time: what takes seconds (and, to tokenize, much memory) must not
+  // hold up the streams of others.
   asio::io_context io_, metrics_io_{1};
+  asio::thread_pool long_bodies_{1};
   asio::executor_work_guard<asio::io_context::executor_type> work_, metrics_work_;
   Port http_;
   Port metrics_;

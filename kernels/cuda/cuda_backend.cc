@@ -167,7 +167,8 @@ class CudaBackend final : public Backend {
     Submit();
     const size_t count = args.sequences.size() / static_cast<size_t>(args.layers);
     const std::span<const KvSequence> layer = args.sequences.first(count);
-    if (graphs_ && std::all_of(layer.begin(), layer.end(), [](const KvSequence& s) { return s.rows == 1; })) {
+    const auto decodes = [](const KvSequence& s) { return s.rows == 1; };
+    if (graphs_ && std::all_of(layer.begin(), layer.end(), decodes) && graph_.Wanted()) {
       staging_.Defer();
       graph_.Begin(static_cast<int>(count));
     }
@@ -343,6 +344,9 @@ absl::Status FillDevice(Device* device) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend() {
+  // Kernels are loaded now, not by the first request that needs one: that takes memory and time, which the
+  // cache's size and a step have no room for. Where the user has said otherwise, as he says.
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
   int count = 0;
   cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {

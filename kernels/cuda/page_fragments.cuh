@@ -27,7 +27,7 @@ __device__ __forceinline__ uint32_t PermuteBytes(uint32_t low, uint32_t high, ui
 // The transposed 8 x 8 matrix of 16-bit elements of which lane 4 g + t holds row g, columns 2t and 2t + 1.
 __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t pair) {
   uint32_t out;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
   return out;
 }
 

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int kGatherBlocks = 8;            // per job
 constexpr int kSoftmaxQueries = kWarpSize;  // per block
-// Jobs at once are at most so many, about one for each multiprocessor, and as many as this has room for: one of
-// 256 tokens at head_dim 128 takes some 3.5 MB.
+// Jobs at once are at most so many, about one for each multiprocessor, and as many as this has room for: one
+// of 256 tokens at head_dim 128 takes some 3.5 MB.
 constexpr size_t kJobsAtOnce = 128;
 constexpr size_t kScratchBytes = size_t{512} << 20;
 

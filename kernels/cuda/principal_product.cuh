@@ -11,9 +11,9 @@ namespace atp::cuda {
 // 1].
 #ifndef ATP_CUDA_EMULATION
 __device__ __forceinline__ void MmaF64(double (&c)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-      : "+d"(c[0]), "+d"(c[1])
-      : "d"(a), "d"(b));
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
+               : "+d"(c[0]), "+d"(c[1])
+               : "d"(a), "d"(b));
 }
 #else
 inline void MmaF64(double (&c)[2], double a, double b) {

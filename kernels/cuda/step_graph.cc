@@ -11,6 +11,7 @@ constexpr size_t kArgumentAlignment = 16;
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 // A class of batches has a few kinds of steps: with and without kept queries, fits, log probabilities.
 constexpr size_t kMostGraphs = 32;
+constexpr int kFirstPause = 16, kLongestPause = 4096;  // steps without graphs
 
 size_t Aligned(size_t offset) {
   return (offset + kArgumentAlignment - 1) / kArgumentAlignment * kArgumentAlignment;
@@ -125,6 +126,7 @@ cudaGraphExec_t StepGraph::Executable() {
     if (graphs_.front().Make(calls_) != cudaSuccess) {
       cudaGetLastError();
       graphs_.pop_front();
+      Pause();
       return nullptr;
     }
   }
@@ -136,11 +138,21 @@ cudaError_t StepGraph::Launch(cudaStream_t stream) {
   open_ = false;
   if (calls_.count() == 0) return cudaSuccess;
   const cudaGraphExec_t executable = Executable();
-  const cudaError_t error =
-      executable != nullptr ? cudaGraphLaunch(executable, stream) : LaunchOneByOne(stream);
+  cudaError_t error = executable != nullptr ? cudaGraphLaunch(executable, stream) : LaunchOneByOne(stream);
+  if (executable != nullptr && error == cudaErrorMemoryAllocation) {  // it gets its memory only here
+    cudaGetLastError();
+    std::swap(graphs_.front().calls, calls_);
+    graphs_.pop_front();
+    Pause();
+    error = LaunchOneByOne(stream);
+  } else if (executable != nullptr) {
+    pause_ = 0;
+  }
   calls_.Clear();
   return error;
 }
+
+void StepGraph::Pause() { wait_ = pause_ = std::clamp(2 * pause_, kFirstPause, kLongestPause); }
 
 cudaError_t StepGraph::LaunchOneByOne(cudaStream_t stream) {
   cudaError_t error = cudaSuccess;

@@ -34,6 +34,9 @@ class StepGraph {
   StepGraph& operator=(const StepGraph&) = delete;
   ~StepGraph();
 
+  // Of a step that begins: whether to keep its calls. Not for a while after the driver refused a graph, most
+  // likely for want of memory: to ask costs as much as a step.
+  bool Wanted() { return wait_ == 0 || --wait_ == 0; }
   // From now on, Add() keeps calls. rows: of the batch.
   void Begin(int rows);
   bool open() const { return open_; }
@@ -86,8 +89,11 @@ class StepGraph {
   // An executable of the calls, or null.
   cudaGraphExec_t Executable();
   cudaError_t LaunchOneByOne(cudaStream_t stream);
+  void Pause();
 
   bool open_ = false;
+  int wait_ = 0;   // steps until a graph is wanted again
+  int pause_ = 0;  // the last wait; 0: the last graph was made
   int size_class_ = 0;
   Calls calls_;              // since Begin()
   std::list<Graph> graphs_;  // the one last used first

@@ -93,6 +93,9 @@ class Calibrate(unittest.TestCase):
         says(2, "--bytes 2", "--ids", IDS, "--bytes", 2)
         says(1, "raise atp.segment_tokens", "--ids", IDS, "--bytes", 0.01, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1, "--out", "/nonexistent")
         says(1, "never compressed", "--ids", IDS, "--ratio", 0.5, "--out", "/nonexistent/b.json")  # 512 = segment + window
+        says(1, "never compressed", "--ids", IDS, "--ratio", 0.5, "--segment", 16, "--window", 0, "--set", "atp.sink_tokens=16")
+        says(1, "after position 100000", "--ids", IDS, "--ratio", 0.5, "--segment", 64, "--window", 0, "--from", 100000)
+        says(2, "--out: is empty", "--ids", IDS, "--ratio", 0.5, "--out", "")
         says(1, "/nonexistent/b.json", "--ids", IDS, "--ratio", 0.5, "--segment", 64, "--window", 0, "--context", 80, "--limit", 1,
              "--out", "/nonexistent/b.json")
 

@@ -123,6 +123,12 @@ TEST_F(CompressionChoiceTest, ByNameOrByHand) {
     EXPECT_EQ(choice->settings.bits, bits);
     EXPECT_THAT(choice->settings.head_ratio, IsEmpty());
   }
+  config_.preset = "auto";  // exact, were there not the bits
+  config_.bits = 4;
+  EXPECT_EQ(Choose()->preset, "ratio");
+  EXPECT_EQ(Choose()->settings.bits, 4);
+  config_.preset = "compact";
+  config_.bits = 0;
   config_.ratio = 0.3;
   config_.max_principal_keys = 100;
   config_.segment_tokens = 64;
@@ -207,6 +213,26 @@ TEST_F(CompressionChoiceTest, PresetsOnAnExactServerFitItsBlocks) {
     ASSERT_EQ(bits.size(), 4u);
     EXPECT_EQ(std::count(bits.begin(), bits.end(), 16) == 0, preset == "exact")
         << bits[0] << bits[1] << bits[2] << bits[3];
+  }
+}
+
+// The blocks that are there are made for the server's own compression, and count as they are.
+TEST_F(CompressionChoiceTest, PresetsKeepToTheirBytesInBlocksForOthers) {
+  WriteBudgets(R"({"ratio": [[1, 0.1], [0.1, 0.1]], "sensitivity": [[1, 1e-2], [1e-2, 1e-2]],
+                   "sensitivity_half": [[0.4, 1e-3], [1e-3, 1e-3]], "sensitivity_quarter": [[0.6, 2e-3], [2e-3, 2e-3]],
+                   "sensitivity_eighth": [[0.8, 5e-3], [5e-3, 5e-3]], "sensitivity_4_bits": [[1e-3, 1e-5], [1e-5, 1e-5]]})");
+  Config config;
+  config.model.path = directory_;
+  config.atp.ratio = 0.5;  // of 16 bits
+  config_ = config.atp;
+  const CompressionChoice own = Choose().value();
+  const auto settings_of = OverrideSettings(config, model_, KvFormat::kBF16, own);
+  CompressionShape shape = CompressionShapeOf(model_, 16, KvFormat::kBF16, 4096);
+  shape.block_bytes = CompressedBlockBytes(own.settings, KvFormat::kBF16, 16, model_.head_dim);
+  for (const auto& [preset, share] : {std::pair("quality", 0.25), std::pair("balanced", 0.125)}) {
+    CompressionOverride wanted;
+    wanted.preset = preset;
+    EXPECT_LE(ShareOfBf16(*MakeCompressionPlan(*settings_of(wanted), shape).value(), shape), share) << preset;
   }
 }
 

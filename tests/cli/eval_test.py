@@ -139,12 +139,13 @@ class Eval(unittest.TestCase):
         self.assertTrue(own["per_head"])
         self.assertTrue(4 < own["bits"] < 8)
         self.assertEqual(shared["kv_bytes_ratio"], uniform["kv_bytes_ratio"])
-        self.assertLess(shared["kl"], 0.8 * uniform["kl"])
+        self.assertLess(shared["kl"], 0.02 * uniform["kl"])
 
     def test_bytes_are_spent_well(self):
         rows = table(*SCHEDULE, "--budgets", BUDGETS, "--bytes", "0.125,0.0625")
         # The plan's bound at 1/16, 1e-3, is not reached with this model (docs/principal_keys.md); eval_shared_test.py holds it with another.
         self.assertLess(rows[0]["kl"], 5e-4)
+        self.assertLess(rows[1]["kl"], 4e-3)
         for row, share in zip(rows, (0.125, 0.0625)):
             self.assertLessEqual(row["bf16_bytes_ratio"], share)
             self.assertGreater(row["bf16_bytes_ratio"], 0.9 * share)
@@ -165,13 +166,12 @@ class Eval(unittest.TestCase):
         self.assertLess(capped["kv_bytes_ratio"], by_key[("f32", 32, 0, 0, 0.5)]["kv_bytes_ratio"])
 
     def test_the_schedule_does_not_matter(self):
-        one = [table("--ratio", 0.25, *SCHEDULE, "--limit", n)[0]["kl"] * n for n in (1, 2)]
-        self.assertGreater(one[1], one[0])
+        one = table("--ratio", 0.25, *SCHEDULE, "--limit", 1)[0]["kl"]
         ids = numpy.load(IDS)
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "many.npy")
             numpy.save(path, numpy.tile(ids[:1], (9, 1)))  # nine of the same, side by side
-            self.assertAlmostEqual(table("--ratio", 0.25, *SCHEDULE, ids=path)[0]["kl"], one[0], delta=1e-12)
+            self.assertAlmostEqual(table("--ratio", 0.25, *SCHEDULE, ids=path)[0]["kl"], one, delta=1e-12)
 
     def test_bad_arguments(self):
         def refused(*args, says):

@@ -1,5 +1,6 @@
 #include "cli/evaluation_data.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,7 +18,7 @@ TokenSequences Counted(size_t sequences, int tokens) {
 TEST(RepeatSpans, EverySecondSequenceNeedsRecall) {
   const TokenSequences before = Counted(4, 512);
   TokenSequences after = before;
-  RepeatSpans(256, 2, &after);
+  ASSERT_TRUE(RepeatSpans(2, &after).ok());
   EXPECT_EQ(after[0], before[0]);
   EXPECT_EQ(after[2], before[2]);
   for (const size_t s : {1u, 3u}) {
@@ -38,21 +39,31 @@ TEST(RepeatSpans, EverySecondSequenceNeedsRecall) {
   }
   EXPECT_NE(after[1], after[3]);
   TokenSequences again = before;
-  RepeatSpans(256, 2, &again);
+  ASSERT_TRUE(RepeatSpans(2, &again).ok());
   EXPECT_EQ(again, after);
 }
 
-TEST(RepeatSpans, LeavesShortSequences) {
-  TokenSequences sequences = Counted(2, 100);
-  RepeatSpans(100, 2, &sequences);
-  EXPECT_EQ(sequences, Counted(2, 100));
-  RepeatSpans(8, 2, &sequences);  // no room for spans
-  EXPECT_EQ(sequences, Counted(2, 100));
-  TokenSequences ragged = Counted(2, 300);
-  ragged[1].resize(20);
-  RepeatSpans(150, 1, &ragged);
-  EXPECT_EQ(ragged[1].size(), 20u);
-  EXPECT_LT(*std::max_element(ragged[0].begin() + 150, ragged[0].end()), 150);
+TEST(RepeatSpans, HalfOfEachSequence) {
+  TokenSequences ragged = Counted(3, 300);
+  ragged[0].resize(31);  // no room for spans
+  ragged[2].resize(40);
+  ASSERT_TRUE(RepeatSpans(1, &ragged).ok());
+  EXPECT_EQ(ragged[0].size(), 31u);
+  EXPECT_EQ(ragged[0].back(), 30);
+  EXPECT_EQ(ragged[1][149], 149);
+  EXPECT_LT(*std::max_element(ragged[1].begin() + 150, ragged[1].end()), 150);
+  EXPECT_EQ(ragged[2].size(), 40u);
+  EXPECT_LT(*std::max_element(ragged[2].begin() + 20, ragged[2].end()), 20);
+}
+
+TEST(RepeatSpans, SaysWhereNoneDoes) {
+  TokenSequences brief = Counted(4, 31), none;
+  EXPECT_THAT(std::string(RepeatSpans(1, &brief).message()), ::testing::HasSubstr("at least 32 tokens"));
+  EXPECT_EQ(brief, Counted(4, 31));
+  EXPECT_FALSE(RepeatSpans(2, &none).ok());
+  TokenSequences one = Counted(1, 300);  // of two each second, of one that
+  ASSERT_TRUE(RepeatSpans(2, &one).ok());
+  EXPECT_LT(one[0].back(), 150);
 }
 
 }  // namespace

@@ -62,6 +62,8 @@ TEST(Npy, RefusesWhatItDoesNotRead) {
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(1, 1, 2)"), two)), HasSubstr("expected shape"));
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(-1, 2)"), two)), HasSubstr("f.npy"));
   EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(x,)"), two)), HasSubstr("expected shape"));
+  EXPECT_THAT(ErrorOf(File(Dictionary("<i4", "(2, 99999999999999999999)"), two)),
+              HasSubstr("expected shape"));
   EXPECT_THAT(ErrorOf(File("{}", two)), HasSubstr("header without"));
 }
 

@@ -36,6 +36,7 @@ TEST_F(BatchInvarianceTest, AfterPreemption) {
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   for (int i = 0; i < 4; ++i) sinks.push_back(Submit(engine.get(), Sampled(kStory, 40, 7)));
   for (auto& sink : sinks) ExpectSame(alone, sink->WaitOne());
+  EXPECT_GT(engine->Stats().preemptions_total, 0u);
 }
 
 TEST_F(BatchInvarianceTest, AfterAHigherClassTookItsPlace) {

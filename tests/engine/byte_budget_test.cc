@@ -88,6 +88,19 @@ TEST(SpendBytes, HeadsThatMindNothingKeepTheSinksOnly) {
   EXPECT_THAT(*RatiosForMean(budgets, 0.75, 128, 16, "f"), testing::Each(testing::Gt(0)));
 }
 
+// A plan keeps no fewer entries than sinks, whatever a head was given.
+TEST(SpendBytes, SinksAreCountedWhereTheyAreManyOfASegment) {
+  for (const int sinks : {4, 48, 64, 128}) {
+    CompressionSettings settings = Settings(128);
+    settings.sink_tokens = sinks;
+    const absl::StatusOr<HeadBudgets> spent = SpendBytes(Measured(), 0.35, settings, Shape(), "f");
+    ASSERT_TRUE(spent.ok()) << spent.status();
+    settings.head_ratio = spent->ratio;
+    settings.head_bits = spent->bits;
+    EXPECT_LE(ShareOfBf16(*MakeCompressionPlan(settings, Shape()).value(), Shape()), 0.35) << sinks;
+  }
+}
+
 TEST(SpendBytes, NeverMoreThanWasGivenAndNotMuchLess) {
   std::mt19937 random(5);
   const auto uniform = [&random](double low, double high) {

@@ -257,6 +257,16 @@ TEST(CompressionPlan, TheIdTellsPlansApart) {
       }
     }
   }
+  for (int changed = 0; changed < 5; ++changed) {
+    CompressionSettings settings = Settings(64, 64);
+    if (changed == 0) settings.sink_tokens += 1;
+    if (changed == 1) settings.bits = 8;
+    if (changed == 2) settings.bits = 4;
+    if (changed == 3) settings.linear_rank = 0.5, settings.linear_layers = kDown;
+    if (changed == 4) settings.linear_rank = 0.5, settings.linear_layers = kGateUp;
+    ids.insert(Make(settings)->id());
+    ++plans;
+  }
   EXPECT_EQ(ids.size(), static_cast<size_t>(plans));
   EXPECT_FALSE(ids.contains(0));
   EXPECT_TRUE(ids.contains(Make([] {

@@ -113,6 +113,7 @@ emulation::Counts Asked(const std::function<void()>& step) {
   emulation::Counts asked = emulation::Counted();
   asked.copies_to_device -= before.copies_to_device, asked.copies_to_host -= before.copies_to_host;
   asked.kernels -= before.kernels, asked.graphs -= before.graphs;
+  asked.graphs_refused -= before.graphs_refused;
   asked.graph_launches -= before.graph_launches, asked.nodes_set -= before.nodes_set;
   return asked;
 }
@@ -204,9 +205,30 @@ TEST(CudaStep, GraphsChangeNoBit) {
   EXPECT_EQ(with.graph_launches, 8);
   EXPECT_EQ(with.graphs, 3);  // of 2, 4 (and 3) and 1 rows
   EXPECT_GT(with.nodes_set, 0);
-  // One that differs is made anew; and where there are none, kernels are launched one by one.
+  // One that differs is made anew; and where there are none, kernels are launched one by one, and the driver
+  // is not asked again with each step.
   EXPECT_EQ(run(true, emulation::Refused::kUpdate).graphs, 4);
-  EXPECT_EQ(run(true, emulation::Refused::kInstantiation).graph_launches, 0);
+  for (const auto refused : {emulation::Refused::kInstantiation, emulation::Refused::kLaunch}) {
+    const emulation::Counts without = run(true, refused);
+    EXPECT_EQ(without.graph_launches, 0);
+    EXPECT_EQ(without.graphs_refused, 1);
+  }
+}
+
+TEST(CudaStep, GraphsComeBackAfterAPause) {
+  Decoder decoder(Device());
+  decoder.Step({0}, 9);
+  const auto steps = [&](int count) {
+    return Asked([&] {
+      for (int i = 0; i < count; ++i) decoder.Step({0}, 1);
+    });
+  };
+  emulation::RefuseGraphs(emulation::Refused::kInstantiation);
+  EXPECT_EQ(steps(17).graphs_refused, 2);  // the 1st and, after 15 without, the 17th
+  emulation::RefuseGraphs(emulation::Refused::kNothing);
+  EXPECT_EQ(steps(31).graph_launches, 0);  // the pause is twice as long
+  EXPECT_EQ(steps(2).graph_launches, 2);
+  ASSERT_TRUE(decoder.status.ok()) << decoder.status;
 }
 
 // Queries that are kept, fits, and principal entries that differ from head to head, in steps of all kinds.

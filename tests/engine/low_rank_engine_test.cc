@@ -144,7 +144,14 @@ TEST_P(LowRankEngineTest, FourAnswersOfOneRequest) {
   Request request = Question();
   request.sampling.n = 4;
   std::unique_ptr<BatchingEngine> engine = Make(LowRank());
-  ExpectSame(Alone(), Submit(engine.get(), request)->Wait().at(0));
+  const auto answers = Submit(engine.get(), request)->Wait();
+  ExpectSame(Alone(), answers.at(0));
+  for (size_t i = 1; i < answers.size(); ++i) {
+    EXPECT_GT(answers.at(i).finish.usage.cached_tokens, 0) << i;
+    Request one = Question();
+    *one.sampling.seed += i;
+    ExpectSame(Submit(Make(LowRank()).get(), one)->WaitOne(), answers.at(i));
+  }
   ExpectNothingLeft(engine.get());
 }
 
@@ -160,6 +167,7 @@ TEST_P(LowRankEngineTest, EachGroupOfLayersByItself) {
     ASSERT_FALSE(low.logprobs.empty());
     ASSERT_EQ(low.tokens[0], exact.tokens[0]);
     EXPECT_NEAR(low.logprobs[0].logprob, exact.logprobs[0].logprob, 0.01);
+    EXPECT_NE(low.logprobs[0].logprob, exact.logprobs[0].logprob) << "nothing was of low rank";
   }
 }
 

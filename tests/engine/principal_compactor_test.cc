@@ -57,5 +57,64 @@ TEST(PrincipalCompactor, JobsAreOfHeadsThatKeepSomething) {
   }
 }
 
+// With a cap, what the history has become so far is fitted again together with the segment that closes.
+TEST(PrincipalCompactor, AReplacedStateIsFittedAgain) {
+  CompressionShape shape;
+  shape.layers = 2;
+  shape.heads = 4;
+  shape.kv_heads = 2;
+  shape.head_dim = 8;
+  shape.max_positions = 1024;
+  CompressionSettings settings;
+  settings.segment_tokens = 32;
+  settings.window_tokens = 32;
+  settings.ratio = 0.5;
+  settings.max_principal_keys = 32;
+  const auto plan = MakeCompressionPlan(settings, shape).value();
+  int segment = 1;
+  while (!plan->Replaces(segment)) ++segment;
+  ASSERT_LT(segment, 10);
+  PrincipalCompactor compactor(shape.layers, shape.heads, shape.kv_heads);
+  BlockTable table(shape.layers, shape.kv_heads);
+  std::vector<BlockId> ids(400);
+  std::iota(ids.begin(), ids.end(), 0);
+  const BlockId* next = ids.data();
+  for (int head = 0; head < 4; ++head) table.SetPrincipalPage(head, plan->Page(head));
+  for (int block = 0; block < 4; ++block, next += 4)
+    table.AppendExact({next, 4});  // the window and the segment
+  for (int k = plan->StateBegin(segment - 1); k <= segment; ++k, next += 40)
+    table.AppendPrincipal({next, 40}, plan->GroupPages(k), plan->GroupPlaces(k));
+  table.SetQueries({next, 100});
+  Batch batch;
+  for (int i = 0; i < 32; ++i) batch.positions.push_back(segment * 32 + i);
+  batch.tokens.assign(32, 0);
+  BatchEntry entry;
+  entry.table = &table;
+  entry.rows = 32;
+  entry.exact_entries = 64;
+  entry.plan = plan.get();
+  entry.closes_segment = true;
+  batch.entries = {entry};
+  compactor.Begin(batch);
+  const std::span<const PrincipalFitJob> jobs = compactor.Jobs();
+  ASSERT_EQ(jobs.size(), 4u);
+  const int per_head = plan->query_blocks_per_layer() / shape.heads;
+  for (int head = 0; head < 4; ++head) {
+    const PrincipalFitJob& job = jobs[static_cast<size_t>(head)];
+    const int layer = head / 2, state = plan->StatePages(segment - 1, head);
+    ASSERT_GT(state, 0);
+    EXPECT_EQ(job.principal, table.principal(head).data());
+    EXPECT_EQ(job.principal_entries, state * plan->Page(head)->entries());
+    EXPECT_EQ(job.out, job.principal + state);
+    EXPECT_EQ(job.count, plan->GroupEntries(segment)[static_cast<size_t>(head)]);
+    EXPECT_EQ(job.exact, table.exact(head).data() + 2);  // behind the window
+    EXPECT_EQ(job.exact_entries, 32);
+    EXPECT_EQ(job.queries,
+              table.queries().data() + layer * plan->query_blocks_per_layer() + head % 2 * 2 * per_head);
+    EXPECT_EQ(job.positions[0], plan->ReferencePosition(layer, head % 2 * 2, segment, 0));
+    EXPECT_EQ(job.positions[job.samples], plan->ReferencePosition(layer, head % 2 * 2 + 1, segment, 0));
+  }
+}
+
 }  // namespace
 }  // namespace atp

@@ -178,6 +178,12 @@ TEST_P(PrincipalEngineTest, FourAnswersOfOneRequest) {
   std::unique_ptr<BatchingEngine> engine = Make(Compressed());
   const auto answers = Submit(engine.get(), request)->Wait();
   ExpectSame(Alone(), answers.at(0));
+  for (size_t i = 1; i < answers.size(); ++i) {
+    EXPECT_GT(answers.at(i).finish.usage.cached_tokens, 0) << i;
+    Request one = Question();
+    *one.sampling.seed += i;
+    ExpectSame(Submit(Make(Compressed()).get(), one)->WaitOne(), answers.at(i));
+  }
   ExpectNothingLeft(engine.get());
 }
 

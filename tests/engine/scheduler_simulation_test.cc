@@ -178,6 +178,9 @@ class Simulation {
   void Step() {
     const Batch& batch = scheduler_.Schedule(now_);
     ASSERT_EQ(scheduler_.CheckInvariants(), absl::OkStatus());
+    for (const Sequence* s : alive_) {
+      ASSERT_TRUE(s->state() == SequenceState::kFinished || s->request().deadline > now_);
+    }
     ASSERT_EQ(batch.empty(), scheduler_.empty()) << "as long as somebody lives there is something to do";
     ASSERT_LE(batch.rows(), options_.max_batch_tokens);
     ASSERT_LE(static_cast<int>(batch.logit_rows.size()), options_.max_logit_rows);

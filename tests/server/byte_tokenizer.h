@@ -11,7 +11,7 @@
 
 namespace atp::testing {
 
-class ByteTokenizer final : public Tokenizer {
+class ByteTokenizer : public Tokenizer {
  public:
   static constexpr TokenId kBos = 256;
   static constexpr TokenId kEos = 257;

@@ -171,12 +171,52 @@ TEST_F(GenerateServiceTest, LogProbabilitiesOfPromptsAreBounded) {
   const absl::StatusOr<Submitted> submitted = Submit(input);
   ASSERT_TRUE(submitted.ok()) << submitted.status();
   EXPECT_EQ(submitted->scored, 91 * 16 * 6);
-  EXPECT_TRUE(GenerateService::CheckScored(1 << 20).ok());
-  const absl::Status many = GenerateService::CheckScored((1 << 20) + 1);
+  EXPECT_TRUE(GenerateService::CheckScored(1 << 20, 1 << 22).ok());
+  EXPECT_FALSE(GenerateService::CheckScored(0, (1 << 22) + 1).ok());
+  const absl::Status many = GenerateService::CheckScored((1 << 20) + 1, 0);
   EXPECT_EQ(many.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(many.message()), StartsWith("logprobs: "));
   input.echo = false;
   EXPECT_EQ(Submit(input)->scored, 0);
+}
+
+TEST_F(GenerateServiceTest, SoAreThoseOfAnswersThatAreKeptUntilTheyAreWhole) {
+  GenerateInput input = Text("abcd");  // 5 tokens; the context has 95 more
+  input.sampling.n = 16;
+  input.sampling.logprobs = 20;
+  input.max_tokens_given = true;
+  input.sampling.max_tokens = 9;
+  EXPECT_EQ(Submit(input)->kept, 0);
+  input.whole = true;
+  EXPECT_EQ(Submit(input)->kept, 9 * 16 * 21);
+  input.sampling.max_tokens = 1000000;
+  EXPECT_EQ(Submit(input).status().code(), absl::StatusCode::kOk);
+  EXPECT_EQ(Submit(input)->kept, 95 * 16 * 21);
+}
+
+// Tokenizing may take seconds and much memory.
+TEST_F(GenerateServiceTest, TextsThatCannotFitAreNotTokenized) {
+  class Refusing : public ByteTokenizer {
+   public:
+    std::vector<TokenId> Encode(std::string_view text, bool add_special, bool parse_special) const override {
+      EXPECT_LT(text.size(), 100000u);
+      return ByteTokenizer::Encode(text, add_special, parse_special);
+    }
+  } tokenizer;
+  GenerateService service = Service(&tokenizer);
+  const auto refusal = [&](PromptInput prompt) {
+    GenerateInput input;
+    input.prompt = std::move(prompt);
+    const absl::Status status = service.Generate(std::move(input), std::make_shared<NullSink>()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kOutOfRange) << status;
+    return std::string(status.message());
+  };
+  EXPECT_THAT(refusal(std::string(200000, 'x')), StartsWith("prompt: has 200000 bytes"));
+  const std::string half(100000, 'x');
+  EXPECT_THAT(refusal(std::vector<ChatMessage>{{"user", half, ""}, {"user", half, ""}}),
+              StartsWith("messages: has 200000 bytes"));
+  // White space may be folded: who knows before.
+  EXPECT_THAT(refusal(std::string(90000, ' ')), HasSubstr("90001 tokens"));
 }
 
 TEST_F(GenerateServiceTest, UnknownModelIsNotFound) {

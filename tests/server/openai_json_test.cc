@@ -210,6 +210,8 @@ TEST(ParseCompletion, IntegersMayBeWrittenAsIntegralNumbers) {
   EXPECT_EQ(Completion("\"max_tokens\":1e2").sampling.max_tokens, 100);
   EXPECT_EQ(Completion("\"seed\":18446744073709551615").sampling.seed, UINT64_MAX);
   EXPECT_EQ(Completion("\"top_k\":-1").sampling.top_k, 0);
+  EXPECT_FALSE(Completion("\"seed\":-1").sampling.seed.has_value());
+  EXPECT_EQ(Completion("\"seed\":-2").sampling.seed, UINT64_MAX - 1);
 }
 
 TEST(ParseBody, RefusesWhatIsNotOneFlatUnambiguousObject) {
@@ -278,6 +280,23 @@ TEST(ParseChat, WhatCannotBeHonouredIsRefused) {
   Chat(R"("tools":[],"tool_choice":"none","modalities":["text"],"store":true)");
   EXPECT_TRUE(Chat("").add_generation_prompt);
   EXPECT_FALSE(Chat("\"add_generation_prompt\":false").add_generation_prompt);
+}
+
+// A history that the official client sends back as it came.
+TEST(ParseChat, AnAssistantsContentMayBeMissingOrARefusal) {
+  const absl::StatusOr<CompletionCall> call = ParseChatCall(
+      R"({"messages":[{"role":"assistant","content":null},{"role":"assistant"},
+          {"role":"assistant","content":null,"refusal":"no"},
+          {"role":"assistant","content":[{"type":"text","text":"a"},{"type":"refusal","refusal":"b"}]}]})",
+      {});
+  ASSERT_TRUE(call.ok()) << call.status();
+  std::vector<std::string> contents;
+  for (const ChatMessage& message : std::get<std::vector<ChatMessage>>(call->prompts.at(0)))
+    contents.push_back(message.content);
+  EXPECT_THAT(contents, ElementsAre("", "", "no", "a\nb"));
+  EXPECT_THAT(MessagesError(R"([{"role":"user","content":null}])"), StartsWith("messages[0].content: "));
+  EXPECT_THAT(MessagesError(R"([{"role":"user","content":[{"type":"refusal","refusal":"b"}]}])"),
+              StartsWith("messages[0].content: "));
 }
 
 TEST(ParseChat, WrongMessagesNameThem) {

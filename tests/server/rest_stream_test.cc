@@ -240,6 +240,17 @@ TEST(Vanish, IsNoticedBehindPipelinedBytes) {
   EXPECT_TRUE(server.engine().AwaitLive(0));
 }
 
+TEST(Vanish, IsNoticedBehindMoreThanIsKept) {
+  Config config = RestConfig();
+  config.server.max_body_bytes = 1000;
+  config.server.max_header_bytes = 1000;
+  Server server(config, Fake(Held()));
+  HttpClient client(server.port());
+  client.Send(StreamRequest(kEndless) + std::string(100000, 'x'));
+  EXPECT_TRUE(server.engine().AwaitLive(0));
+  EXPECT_FALSE(client.ReadUntil("HTTP/1.1 200"));
+}
+
 int ThreadCount() {
   int count = 0;
   DIR* tasks = opendir("/proc/self/task");
@@ -282,11 +293,13 @@ class StuckEngine : public EchoEngine {
  public:
   using EchoEngine::EchoEngine;
   absl::StatusOr<RequestId> Submit(Request request, std::shared_ptr<OutputSink> sink) override {
-    busy.count_down();
+    ++submitted;
+    if (!busy.try_wait()) busy.count_down();
     let.wait();
     return EchoEngine::Submit(std::move(request), std::move(sink));
   }
   std::latch busy{1}, let{1};
+  std::atomic<int> submitted{0};
 };
 
 TEST(Metrics, ProbesAreAnsweredWhileTheThreadOfTheClientsIsBusy) {
@@ -301,6 +314,27 @@ TEST(Metrics, ProbesAreAnsweredWhileTheThreadOfTheClientsIsBusy) {
   }
   server.engine().let.count_down();
   EXPECT_EQ(client.ReadAnswer().status, 200);
+}
+
+TEST(LongBodies, HoldUpNobody) {
+  using Stuck = RestFixture<StuckEngine>;
+  Stuck server(RestConfig(), std::make_unique<StuckEngine>(&Stuck::Tokenizer_(), EchoEngineOptions()));
+  const std::string body =
+      absl::StrCat(R"({"prompt":"x","max_tokens":2,"user":")", std::string(100000, 'u'), "\"}");
+  HttpClient client(server.port()), gone(server.port());
+  client.Send(HttpClient::Request("POST", "/v1/completions", body) + HttpClient::Request("GET", "/version"));
+  server.engine().busy.wait();
+  gone.Send(HttpClient::Request("POST", "/v1/completions", body));
+  EXPECT_EQ(HttpClient(server.port()).Call("GET", "/version").status, 200);
+  gone.Close();  // while its request waits for the one before
+  while (server.metrics().Render().find("\natp_http_connections 1\n") == std::string::npos)
+    absl::SleepFor(absl::Milliseconds(1));
+  server.engine().let.count_down();
+  const HttpAnswer answer = client.ReadAnswer();
+  EXPECT_EQ(answer.status, 200) << answer.body;
+  EXPECT_EQ(client.ReadAnswer().status, 200);  // what was sent ahead
+  EXPECT_EQ(HttpClient(server.port()).Call("POST", "/v1/completions", body).status, 200);
+  EXPECT_EQ(server.engine().submitted, 2) << "nothing is done for who has gone";
 }
 
 TEST(Stop, OpenAnswersFinishIdleConnectionsEndAndNewOnesAreRefused) {

@@ -211,7 +211,9 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph,
   return (*node)->Set(*params);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  if (TheRefused() == atp::emulation::Refused::kInstantiation) return cudaErrorMemoryAllocation;
+  if (TheRefused() == atp::emulation::Refused::kInstantiation) {
+    return ++TheCounts().graphs_refused, cudaErrorMemoryAllocation;
+  }
   ++TheCounts().graphs;
   return *executable = new CUgraphExec_st{graph, graph->nodes}, cudaSuccess;
 }
@@ -223,6 +225,9 @@ cudaError_t cudaGraphExecKernelNodeSetParams(cudaGraphExec_t executable, cudaGra
   return executable->nodes[node->index].Set(*params);
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t) {
+  if (TheRefused() == atp::emulation::Refused::kLaunch) {
+    return ++TheCounts().graphs_refused, cudaErrorMemoryAllocation;
+  }
   ++TheCounts().graph_launches;
   if (!Found().empty()) return cudaErrorLaunchFailure;
   for (CUgraphNode_st& node : executable->nodes) {

@@ -110,6 +110,7 @@ struct Counts {
   int64_t copies_to_device = 0, copies_to_host = 0;
   int64_t kernels = 0;  // launched one by one
   int64_t graphs = 0;   // instantiated
+  int64_t graphs_refused = 0;
   int64_t graph_launches = 0;
   int64_t nodes_set = 0;  // cudaGraphExecKernelNodeSetParams
 };
@@ -117,8 +118,8 @@ const Counts& Counted();
 // As if a kernel had done what a device does not forgive; as another process would find the device.
 void Break(std::string what);
 void ForgetError();
-// As a driver that can make no graphs, or change none.
-enum class Refused { kNothing, kInstantiation, kUpdate };
+// As a driver that can make no graphs, change none, or has no memory left to launch one.
+enum class Refused { kNothing, kInstantiation, kUpdate, kLaunch };
 void RefuseGraphs(Refused refused);
 
 }  // namespace atp::emulation
