@@ -181,6 +181,19 @@ class BatchingEngineTest : public testing::Test {
       ExpectNothingLeft(engine.get());
     }
   }
+  // Four answers to one request are those to four requests, and share the prompt.
+  static void ExpectFourAnswersAsAlone(const BatchingEngineOptions& options, Request request) {
+    const std::unique_ptr<BatchingEngine> engine = Make(options);
+    request.sampling.n = 4;
+    const auto answers = Submit(engine.get(), request)->Wait();
+    request.sampling.n = 1;
+    for (size_t i = 0; i < 4; ++i) {
+      EXPECT_EQ(answers.at(i).finish.usage.cached_tokens > 0, i > 0) << i;
+      ExpectSame(Submit(Make(options).get(), request)->WaitOne(), answers.at(i));
+      ++*request.sampling.seed;
+    }
+    ExpectNothingLeft(engine.get());
+  }
   static void ExpectNothingLeft(Engine* engine) {
     EXPECT_EQ(engine->Drain(absl::InfiniteDuration()), absl::OkStatus());
     const EngineStats stats = engine->Stats();

@@ -27,6 +27,22 @@ std::shared_ptr<const CompressionPlan> Plan() {
   return MakeCompressionPlan(settings, shape).value();
 }
 
+// `count` times the same sequence, whose tokens are 32 of a segment that closes.
+Batch Closing(const CompressionPlan& plan, const BlockTable& table, int segment, int exact_entries,
+              size_t count) {
+  Batch batch;
+  for (int i = 0; i < 32; ++i) batch.positions.push_back(segment * 32 + i);
+  batch.tokens.assign(32, 0);
+  BatchEntry entry;
+  entry.table = &table;
+  entry.rows = 32;
+  entry.exact_entries = exact_entries;
+  entry.plan = &plan;
+  entry.closes_segment = true;
+  batch.entries.assign(count, entry);
+  return batch;
+}
+
 // Heads that keep nothing of a segment are not fitted; those that are, each have a report of their own.
 TEST(PrincipalCompactor, JobsAreOfHeadsThatKeepSomething) {
   const auto plan = Plan();
@@ -39,15 +55,7 @@ TEST(PrincipalCompactor, JobsAreOfHeadsThatKeepSomething) {
     for (int block = 0; block < 2; ++block) table.AppendExact({ids.data() + 4 * block, 4});
     table.AppendPrincipal(ids, plan->GroupPages(segment), plan->GroupPlaces(segment));
     table.SetQueries(ids);
-    Batch batch;
-    for (int i = 0; i < 32; ++i) batch.positions.push_back(segment * 32 + i);
-    batch.tokens.assign(32, 0);
-    BatchEntry entry;
-    entry.table = &table;
-    entry.rows = entry.exact_entries = 32;
-    entry.plan = plan.get();
-    entry.closes_segment = true;
-    batch.entries = {entry, entry};
+    const Batch batch = Closing(*plan, table, segment, 32, 2);
     compactor.Begin(batch);
     const std::vector<int> kept = segment == 0 ? std::vector<int>{4, 16, 32, 4} : std::vector<int>{16, 32};
     const std::span<const PrincipalFitJob> jobs = compactor.Jobs();
@@ -85,16 +93,7 @@ TEST(PrincipalCompactor, AReplacedStateIsFittedAgain) {
   for (int k = plan->StateBegin(segment - 1); k <= segment; ++k, next += 40)
     table.AppendPrincipal({next, 40}, plan->GroupPages(k), plan->GroupPlaces(k));
   table.SetQueries({next, 100});
-  Batch batch;
-  for (int i = 0; i < 32; ++i) batch.positions.push_back(segment * 32 + i);
-  batch.tokens.assign(32, 0);
-  BatchEntry entry;
-  entry.table = &table;
-  entry.rows = 32;
-  entry.exact_entries = 64;
-  entry.plan = plan.get();
-  entry.closes_segment = true;
-  batch.entries = {entry};
+  const Batch batch = Closing(*plan, table, segment, 64, 1);
   compactor.Begin(batch);
   const std::span<const PrincipalFitJob> jobs = compactor.Jobs();
   ASSERT_EQ(jobs.size(), 4u);

@@ -172,20 +172,7 @@ TEST_P(PrincipalEngineTest, FromThePrefixCache) {
   ExpectSame(miss, hit);
 }
 
-TEST_P(PrincipalEngineTest, FourAnswersOfOneRequest) {
-  Request request = Question();
-  request.sampling.n = 4;
-  std::unique_ptr<BatchingEngine> engine = Make(Compressed());
-  const auto answers = Submit(engine.get(), request)->Wait();
-  ExpectSame(Alone(), answers.at(0));
-  for (size_t i = 1; i < answers.size(); ++i) {
-    EXPECT_GT(answers.at(i).finish.usage.cached_tokens, 0) << i;
-    Request one = Question();
-    *one.sampling.seed += i;
-    ExpectSame(Submit(Make(Compressed()).get(), one)->WaitOne(), answers.at(i));
-  }
-  ExpectNothingLeft(engine.get());
-}
+TEST_P(PrincipalEngineTest, FourAnswersOfOneRequest) { ExpectFourAnswersAsAlone(Compressed(), Question()); }
 
 // Looks at the blocks in every step, as an operator's metrics do.
 class BlockWatcher : public EngineObserver {

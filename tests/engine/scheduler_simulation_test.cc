@@ -364,6 +364,11 @@ class Simulation {
     const SchedulerStats stats = scheduler_.stats();
     ASSERT_LE(stats.blocks_used + stats.blocks_cached, stats.blocks_total);
     ASSERT_EQ(static_cast<size_t>(stats.running + stats.waiting), alive_.size());
+    std::set<const Request*> running;
+    for (const Sequence* s : alive_) {
+      if (s->state() == SequenceState::kRunning) running.insert(&s->request());
+    }
+    ASSERT_EQ(static_cast<size_t>(stats.running_requests), running.size());
   }
 
   // Alive sequences in the order of their admission, so that a run repeats exactly.

@@ -298,13 +298,33 @@ class StuckEngine : public EchoEngine {
     let.wait();
     return EchoEngine::Submit(std::move(request), std::move(sink));
   }
+  void Cancel(RequestId id) override {
+    ++cancelled;
+    EchoEngine::Cancel(id);
+  }
   std::latch busy{1}, let{1};
-  std::atomic<int> submitted{0};
+  std::atomic<int> submitted{0}, cancelled{0};
 };
+using Stuck = RestFixture<StuckEngine>;
+
+std::unique_ptr<StuckEngine> NewStuckEngine() {
+  return std::make_unique<StuckEngine>(&Stuck::Tokenizer_(), EchoEngineOptions());
+}
+
+template <class Condition>
+bool Await(const Condition& condition) {
+  const absl::Time end = absl::Now() + absl::Minutes(1);
+  while (!condition() && absl::Now() < end) absl::SleepFor(absl::Milliseconds(1));
+  return condition();
+}
+
+bool AwaitConnections(Stuck& server, int open) {
+  const std::string line = absl::StrCat("\natp_http_connections ", open, "\n");
+  return Await([&] { return server.metrics().Render().find(line) != std::string::npos; });
+}
 
 TEST(Metrics, ProbesAreAnsweredWhileTheThreadOfTheClientsIsBusy) {
-  using Stuck = RestFixture<StuckEngine>;
-  Stuck server(RestConfig(), std::make_unique<StuckEngine>(&Stuck::Tokenizer_(), EchoEngineOptions()));
+  Stuck server(RestConfig(), NewStuckEngine());
   ASSERT_EQ(RestConfig().server.io_threads, 1);
   HttpClient client(server.port());
   client.Send(HttpClient::Request("POST", "/v1/completions", R"({"prompt":"x","max_tokens":2})"));
@@ -316,25 +336,42 @@ TEST(Metrics, ProbesAreAnsweredWhileTheThreadOfTheClientsIsBusy) {
   EXPECT_EQ(client.ReadAnswer().status, 200);
 }
 
+std::string LongRequest(std::string_view headers = "") {
+  return HttpClient::Request(
+      "POST", "/v1/completions",
+      absl::StrCat(R"({"prompt":"x","max_tokens":2,"user":")", std::string(100000, 'u'), "\"}"), headers);
+}
+
 TEST(LongBodies, HoldUpNobody) {
-  using Stuck = RestFixture<StuckEngine>;
-  Stuck server(RestConfig(), std::make_unique<StuckEngine>(&Stuck::Tokenizer_(), EchoEngineOptions()));
-  const std::string body =
-      absl::StrCat(R"({"prompt":"x","max_tokens":2,"user":")", std::string(100000, 'u'), "\"}");
-  HttpClient client(server.port()), gone(server.port());
-  client.Send(HttpClient::Request("POST", "/v1/completions", body) + HttpClient::Request("GET", "/version"));
+  Stuck server(RestConfig(), NewStuckEngine());
+  HttpClient client(server.port()), late(server.port()), gone(server.port());
+  client.Send(LongRequest() + HttpClient::Request("GET", "/version"));
   server.engine().busy.wait();
-  gone.Send(HttpClient::Request("POST", "/v1/completions", body));
+  late.Send(LongRequest("x-request-timeout-ms: 200\r\n"));
+  gone.Send(LongRequest());
   EXPECT_EQ(HttpClient(server.port()).Call("GET", "/version").status, 200);
-  gone.Close();  // while its request waits for the one before
-  while (server.metrics().Render().find("\natp_http_connections 1\n") == std::string::npos)
-    absl::SleepFor(absl::Milliseconds(1));
+  gone.Close();  // while its request waits for those before
+  ASSERT_TRUE(AwaitConnections(server, 2));
+  absl::SleepFor(absl::Milliseconds(300));
   server.engine().let.count_down();
   const HttpAnswer answer = client.ReadAnswer();
   EXPECT_EQ(answer.status, 200) << answer.body;
   EXPECT_EQ(client.ReadAnswer().status, 200);  // what was sent ahead
-  EXPECT_EQ(HttpClient(server.port()).Call("POST", "/v1/completions", body).status, 200);
-  EXPECT_EQ(server.engine().submitted, 2) << "nothing is done for who has gone";
+  EXPECT_EQ(late.ReadAnswer().status, 504);    // the wait counts
+  client.Send(LongRequest());
+  EXPECT_EQ(client.ReadAnswer().status, 200);
+  EXPECT_EQ(server.engine().submitted, 3) << "nothing is done for who has gone";
+}
+
+TEST(LongBodies, OfAClientThatGoesMeanwhileAreCancelled) {
+  Stuck server(RestConfig(), NewStuckEngine());
+  HttpClient client(server.port());
+  client.Send(LongRequest());
+  server.engine().busy.wait();
+  client.Close();
+  ASSERT_TRUE(AwaitConnections(server, 0));
+  server.engine().let.count_down();
+  EXPECT_TRUE(Await([&] { return server.engine().cancelled == 1; }));
 }
 
 TEST(Stop, OpenAnswersFinishIdleConnectionsEndAndNewOnesAreRefused) {
